@@ -1,0 +1,174 @@
+"""Gradual magnitude pruning of BERT, in one file. (docstring to come)"""
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import common
+
+
+# ---- flags
+
+# <method: hyper-parameters>
+# warmup, t_i and t_f are shares of the run; the paper counts steps (SQuAD: 5,400 of 55,000, t_i once and t_f twice that).
+MINI = dict(steps=1000, batch_size=32, lr=5e-4, length=128, warmup=0.05, t_i=0.05, t_f=0.3, clip=1.0)
+PAPER = dict(epochs=10, batch_size=32, lr=3e-5, length=128, warmup=0.1, t_i=0.1, t_f=0.2, clip=1.0)
+HYPER = {"mini": {"*": MINI},
+         "paper": {"*": PAPER,
+                   "squad": dict(batch_size=16, length=384),
+                   "mnli": dict(epochs=6, warmup=0.16, t_i=0.16, t_f=0.16),
+                   "qqp": dict(lr=3e-6, t_i=0.2, t_f=0.3)}}
+# </method>
+
+
+def flags():
+    p = common.Parser(__doc__)
+    p.add_argument("--task", default="squad", choices=common.TASKS, help="tsv: your own DIR/tsv/{train,dev}.tsv")
+    p.add_argument("--sparsity", default=0.03, type=common.number(float, 0, 1), metavar="V",
+                   help="share of the prunable weights KEPT: 0.03 keeps 3.00 %%, prunes 97.00 %%; 1 is dense fine-tuning")
+    p.add_argument("--preset", choices=["mini", "paper"], help="default: paper where CUDA is here, else mini")
+    p.add_argument("--model", help="a BERT by hub name or folder; default: the preset's")
+    p.add_argument("--data", metavar="DIR", help="folder of the data files; default: the preset's")
+    p.add_argument("--teacher", metavar="DIR", help="distil from the fine-tuned model in DIR")
+    p.add_argument("--out", metavar="DIR", help="default: out/<script>-<task>-<V>-s<seed>")
+    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    p.add_argument("--seed", default=0, type=common.number(int, 0))
+    p.add_argument("--steps", type=common.number(int, 1), help="overrides the preset's steps or epochs")
+    p.add_argument("--batch_size", type=common.number(int, 1))
+    p.add_argument("--lr", type=common.number(float, 0), help="of the weights")
+    p.add_argument("--device", help="cpu, cuda, cuda:1; default: cuda where it is here")
+    # <method: flags>
+    p.add_argument("--scope", default="local", choices=["local", "global"], help="Top_v in each matrix, or over all at once")
+    # </method>
+    return p
+
+
+# <method: definitions>
+# ---- method
+
+def schedule(step, steps, v, t_i, t_f):
+    """The cubic schedule (eq. 5): the share kept at this step, from 1 until t_i * steps down to v for the last t_f * steps."""
+    done = min(max((step - t_i * steps) / max(1.0, (1 - t_i - t_f) * steps), 0.0), 1.0)
+    return v + (1 - v) * (1 - done) ** 3
+
+
+def kth_largest(x, k):
+    """The k-th largest element of a flat tensor, exactly, 1 <= k <= n.
+
+    A sample brackets it, so that only the few elements inside the bracket are searched; a full sort costs 20 times more."""
+    n = x.numel()
+    if n > 100_000:
+        sample = x[::n // 16384].sort(descending=True).values
+        at, slack = k / n * len(sample), 4 * (k / n * (1 - k / n) * len(sample)) ** 0.5 + 2
+        high, low = sample[max(int(at - slack), 0)], sample[min(int(at + slack), len(sample) - 1)]
+        above, inside = int((x > high).sum()), x[(x <= high) & (x >= low)]
+        if above < k <= above + len(inside):
+            return inside.kthvalue(len(inside) - (k - above) + 1).values
+    return x.kthvalue(n - k + 1).values
+
+
+def top_v(scores, v):
+    """M = Top_v(S): True for exactly round(v n) elements (at least 1), the largest; of ties the first. Same shape as scores."""
+    flat = scores.flatten()
+    k = max(1, round(v * flat.numel()))
+    threshold = kth_largest(flat, k)
+    mask = flat >= threshold
+    surplus = int(mask.sum()) - k                                   # ties with the k-th element, the last of which go
+    if surplus:
+        mask[(flat == threshold).nonzero().flatten()[-surplus:]] = False
+    return mask.view_as(scores)
+
+
+@torch.no_grad()
+def update_masks(masked, scores, v, scope):
+    """Recompute the masks from the scores: Top_v of each matrix (local), or of all matrices together (global)."""
+    if v == 1:
+        masks = [torch.ones_like(s) for s in scores]
+    elif scope == "local":
+        masks = [top_v(s, v) for s in scores]
+    else:
+        masks = top_v(torch.cat([s.flatten() for s in scores]), v).split([s.numel() for s in scores])
+    for m, mask in zip(masked, masks):
+        m.mask.copy_(mask.view_as(m.mask))
+
+
+class Masked(nn.Module):
+    """A parametrization: the layer computes with W' = W * M, and so dL/dW = dL/dW' * M."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.register_buffer("mask", torch.ones_like(weight), persistent=False)     # M: (out, in), of 0 and 1
+
+    def forward(self, weight):
+        return weight * self.mask
+# </method>
+
+
+# ---- run
+
+def main(args):
+    run = common.Run(__file__, args, HYPER)             # preset, device, processes, --out; prints the first line
+    if run.finished():
+        return 0
+    task = common.Task(run)                             # features, batches, metrics
+    model = common.load_bert(run, task)                 # with a fresh head; its embeddings are frozen
+    teacher = common.load_teacher(run, task)            # None without --teacher
+    weights = common.prunable(model)                    # {name: Linear}, the six matrices of every encoder layer
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad], "peak": args.lr}]
+    state = {}                                          # what the method has to remember over a --resume
+
+    # <method: setup>
+    dense = [layer.weight for layer in weights.values()]            # W: (out, in) each; the layers will compute with W * M
+    masked = [Masked(w) for w in dense]
+    for layer, m in zip(weights.values(), masked):
+        parametrize.register_parametrization(layer, "weight", m)
+    # </method>
+
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, eps=1e-8, weight_decay=0.0)
+    trained = [p for group in groups for p in group["params"]]
+    net = run.parallel(model)
+    for step in range(run.restore(model=model, optimizer=optimizer, state=state), args.steps):
+        run.seed_step(step)
+        batch = task.batch(step)
+        factor = common.lr_factor(step, args.steps, args.warmup)   # of weights and scores alike
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+
+        # <method: before forward>
+        v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
+        update_masks(masked, [w.detach().abs() for w in dense], v, args.scope)
+        # </method>
+
+        with run.autocast():
+            loss = common.task_loss(net, batch, teacher)
+
+        # <method: penalty>
+        penalty = 0.0
+        # </method>
+
+        optimizer.zero_grad()
+        (loss + penalty).backward()
+
+        # <method: gradient>
+        # </method>
+
+        nn.utils.clip_grad_norm_(trained, args.clip)
+        optimizer.step()
+
+        # <method: after step>
+        # </method>
+
+        run.log(step + 1, loss, penalty, lambda: common.kept(weights)[1], v, args.lr * factor)
+        run.checkpoint(step + 1, model=model, optimizer=optimizer, state=state)
+
+    # <method: bake>
+    goal = args.sparsity
+    update_masks(masked, [w.detach().abs() for w in dense], args.sparsity, args.scope)
+    for layer in weights.values():
+        parametrize.remove_parametrizations(layer, "weight")
+    # </method>
+
+    return common.report(run, task, model, goal)   # saves, reloads, counts, evaluates, prints RESULT
+
+
+if __name__ == "__main__":
+    common.launch(main, flags().parse_args())
