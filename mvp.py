@@ -1,4 +1,37 @@
-"""Movement pruning of BERT, in one file. (docstring to come)"""
+"""Movement pruning of BERT, in one file.
+
+Sanh, Wolf and Rush 2020, arXiv 2005.07683, sections 3 and 4, eq. 2 to 5. Official code: huggingface/transformers-research-projects,
+movement-pruning, at fccd0cdab0 (masked BERT with the "topK" mask).
+
+Result     @@RESULT@@
+
+Idea       Magnitude asks which weights are large; movement asks which weights fine-tuning makes larger. Each weight gets a
+           score S, learned with it, and the network computes with the weights of the largest scores:
+               M  = Top_v(S)
+               a  = (W * M) x
+           M is a step function of S, so its gradient is replaced by that of the identity (straight through):
+               dL/dS = dL/dW' * W            W' = W * M; for every weight, masked or not
+               dL/dW = dL/dW' * M            for the kept weights alone
+           Gradient descent then gives S = -lr_S * sum over steps of (dL/dW) W: it grows where the weight moves away
+           from 0 and shrinks where it moves towards 0. A masked weight whose score recovers comes back.
+
+Symbols    weight      W           (out, in)   one of six matrices a layer
+           scores      S           (out, in)   importance, 0 at the start, learned at --score_lr
+           mask        M           (out, in)   0 or 1
+           v           v, v^(t)    share kept, on the cubic schedule of eq. 5; --sparsity is the last one
+
+Unlike magnitude.py: the ranking is by learned scores, which have a learning rate of their own, instead of |W|; the backward pass of
+the mask is written out. Schedule, Top_v and all the rest are the same: diff the two files.
+
+Differs from the official code: t_i and t_f are shares of the run; exactly round(v n) are kept, ties included (all scores are equal
+at the first step); the mask is found once a step, by a selection instead of a full sort at each forward pass.
+Left out: the other starts and shapes of the scores that the official flags offer (the paper uses zeros, one a weight).
+
+Run        python mvp.py                                                            embedded BERT and data, CPU, about @@TIME@@
+           python mvp.py --scope global --teacher out/magnitude-squad-1-s0          one Top_v over all matrices; distilled
+           torchrun --standalone --nproc_per_node=2 mvp.py --preset paper           bert-base-uncased, the whole of SQuAD
+           The last line printed: RESULT mvp squad keeps 3.00% (prunes 97.00%) EM .. F1 .. | steps, seconds, seed | folder
+"""
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
@@ -11,12 +44,12 @@ import common
 # <method: hyper-parameters>
 # warmup, t_i and t_f are shares of the run; the paper counts steps (SQuAD: 5,400 of 55,000, t_i once and t_f twice that).
 MINI = dict(steps=1000, batch_size=32, lr=5e-4, score_lr=1e-2, length=128, warmup=0.05, t_i=0.05, t_f=0.3, clip=1.0)
-PAPER = dict(epochs=10, batch_size=32, lr=3e-5, score_lr=1e-2, length=128, warmup=0.1, t_i=0.1, t_f=0.2, clip=1.0)
+PAPER = dict(epochs=6, batch_size=32, lr=3e-5, score_lr=1e-2, length=128, warmup=0.05, t_i=0.05, t_f=0.3, clip=1.0)
 HYPER = {"mini": {"*": MINI},
          "paper": {"*": PAPER,
-                   "squad": dict(batch_size=16, length=384),
-                   "mnli": dict(epochs=6, warmup=0.16, t_i=0.16, t_f=0.16),
-                   "qqp": dict(lr=3e-6, t_i=0.2, t_f=0.3)}}
+                   "squad": dict(epochs=10, batch_size=16, length=384, warmup=0.1, t_i=0.1, t_f=0.2),
+                   "mnli": dict(warmup=0.16, t_i=0.16, t_f=0.16),
+                   "qqp": dict(epochs=10, lr=3e-6, warmup=0.1, t_i=0.2, t_f=0.3)}}
 # </method>
 
 
