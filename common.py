@@ -87,19 +87,21 @@ class Run:
         if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         # bf16 where the hardware multiplies in it; but the mini preset on a CPU is fp32, alike on every machine
-        self.bf16 = self.device.type == "cuda" or (args.preset == "paper" and torch.cpu._is_avx512_bf16_supported())
+        self.bf16 = self.device.type == "cuda" or (args.preset == "paper" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
         self.say(f"{self.method} {args.task}: {keeps(args.sparsity)} of the encoder's weights | preset {args.preset} ({why}) | "
                  f"{self.device}{' bf16' * self.bf16}{f' x {self.world}' * (self.world > 1)} | seed {args.seed}")
         if 0.5 < args.sparsity < 1:
             self.say(f"--sparsity is the share KEPT: {args.sparsity:g} keeps {args.sparsity:.0%}; did you mean {1 - args.sparsity:g}?")
         self.open_out()
-        self.before, self.started, self.ends, self.losses = 0.0, time.time(), [time.time()], []     # before: seconds before --resume
+        self.before, self.started, self.ends, self.losses = 0.0, time.time(), [], []     # before: seconds before --resume
         self.next_log, self.next_write = 0.0, 2.0
         torch.manual_seed(args.seed)
 
     def open_out(self):
         """Make --out or, on --resume, check that it holds a run with these flags: log.jsonl, whose first line they are."""
         args, out, log = self.args, self.out, self.out / "log.jsonl"
+        if self.rank:
+            return self.barrier()
         with blame((OSError, ValueError), f"--out {out} cannot be used ({{}}): give a folder that can be written"):
             held = os.listdir(out) if out.exists() else []
             for flag in ("model", "teacher"):
@@ -110,8 +112,9 @@ class Run:
             if args.resume:
                 for key, was in json.loads(log.read_text().partition("\n")[0] or "{}").get("args", {}).items():
                     demand(was == self.flags.get(key), f"--resume: {out} ran with --{key} {was}, not {self.flags.get(key)}: give the same flags")
-            elif self.rank == 0:
+            else:
                 out.mkdir(parents=True, exist_ok=True)
+                self.say(f"{out} holds an unfinished run: starting it anew (--resume would go on)") if "checkpoint.pt" in held else None
                 for old in ("checkpoint.pt", "result.json"):
                     (out / old).unlink(missing_ok=True)
                 write_whole(log, json.dumps({"args": self.flags}) + "\n")
@@ -172,7 +175,7 @@ class Run:
 
     def restore(self, **parts):
         """On --resume, load the last checkpoint into parts, dicts or what has load_state_dict. Returns the steps already done."""
-        path, log = self.out / "checkpoint.pt", self.out / "log.jsonl"
+        path, log, self.ends = self.out / "checkpoint.pt", self.out / "log.jsonl", [time.time()]
         if not self.args.resume or not path.exists():
             self.say("this run was stopped before its first checkpoint: it starts again from step 0") if self.args.resume else None
             return 0
@@ -206,6 +209,7 @@ class Task:
                 rows[name] = read_squad(folder / f"{name}-v1.1.json")
             else:
                 rows[name], self.labels = read_tsv(folder / f"{name}.tsv", files.texts, files.label, self.labels)
+                demand((rows[name][0][1] is None) == (rows["train"][0][1] is None), f"{folder}: text2 must be in both {name}.tsv and train.tsv")
         config, self.tokenizer = load_config(args.model)
         self.length = min(args.length, config.max_position_embeddings)
         self.dev = {name: self.windows(r) if self.squad else self.pairs(r) for name, r in rows.items()}
@@ -331,7 +335,7 @@ def kept(weights):
 
 def lr_factor(step, steps, warmup):
     """Linear from 0 to 1 over the first warmup * steps steps, then linear to 0."""
-    return min((step + 1) / max(1, warmup * steps), (steps - step) / max(1, steps - warmup * steps))
+    return min(1.0, (step + 1) / max(1, warmup * steps), (steps - step) / max(1, steps - warmup * steps))
 
 
 def task_loss(net, batch, teacher=None, T=2.0):

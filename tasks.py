@@ -2,7 +2,7 @@
 
 In order: mistakes · files (download, TSV, SQuAD) · metrics · text for pre-training.
 """
-import collections, contextlib, hashlib, json, math, os, re, string, zipfile
+import collections, contextlib, hashlib, http.client, json, math, os, re, string, zipfile, zlib
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -71,7 +71,7 @@ TASKS = {
 
 def download(url, path, check=None):
     """url to path, whole or not at all, with a progress bar. check: (kind, hex digest) as in CHECKS."""
-    with blame((OSError, ValueError), f"{url} could not be downloaded ({{}}): put it at {path} yourself, or use --preset mini"):
+    with blame((OSError, ValueError, http.client.HTTPException), f"{url} could not be downloaded ({{}}): put it at {path} yourself, or use --preset mini"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with urlopen(url, timeout=30) as reply:
             size = int(reply.headers.get("Content-Length") or 0)
@@ -105,7 +105,7 @@ def fetch(data, task):
 
 def unzip(archive, member, path):
     """One member of a zip to path, whole or not at all; a zip with any member that points outside is refused."""
-    with blame((zipfile.BadZipFile, KeyError), f"{archive} is no whole zip with {member} in it: delete it and try again"):
+    with blame((zipfile.BadZipFile, zlib.error, KeyError), f"{archive} is no whole zip with {member} in it: delete it and try again"):
         with zipfile.ZipFile(archive) as z:
             outside = any(re.match(r"[/\\]|.*(^|[/\\])\.\.([/\\]|$)|.:", name) for name in z.namelist())
             demand(not outside, f"{archive} has a member that points outside its folder: delete it, and put {path} there yourself")
@@ -143,14 +143,16 @@ def read_tsv(path, texts, label, labels):
     demand(rows and (labels is None or len(labels) > 1), f"{path} holds {'one class only' if rows else 'no rows'}: put the data set's own there")
     for n, (*text, y) in rows:
         with blame(ValueError, f"{path}, line {n}: label {y!r} is not {'one of ' + ', '.join(labels) if labels else 'a number'}: correct it"):
-            result.append((text[0], text[1] if len(text) > 1 else None, labels.index(y) if labels else float(y)))
+            value = labels.index(y) if labels else float(y)
+            demand(math.isfinite(value), f"{path}, line {n}: the score is {y}: correct it")
+            result.append((text[0], text[1] if len(text) > 1 else None, value))
     return result, labels
 
 
 def read_squad(path):
     """[(id, question, context, [(answer, its offset in context)])] of a SQuAD 1.1 file; each offset must hold its answer."""
     with blame((ValueError, KeyError, TypeError, AttributeError), f"{path} is not in SQuAD 1.1's format ({{}}): put the official file there"):
-        rows = [(q["id"], q["question"], p["context"], [(a["text"], a["answer_start"]) for a in q["answers"]])
+        rows = [(q["id"], q["question"].strip(), p["context"], [(a["text"], a["answer_start"]) for a in q["answers"]])
                 for article in json.loads(read_text(path))["data"] for p in article["paragraphs"] for q in p["qas"]]
         demand(rows, f"{path} holds no questions: put the official file there")
         for q, _, context, answers in rows:
@@ -225,6 +227,7 @@ def read_corpus(path, tokenizer):
             documents.append([])
         elif ids:
             documents[-1].append(ids)
+    demand(any(documents), f"{path} holds no text: put one sentence or paragraph a line, with a blank line between documents")
     return [document for document in documents if document]
 
 
