@@ -52,7 +52,7 @@ def launch(main, args):
     except KeyboardInterrupt:
         code = print(f"\nstopped; to go on: {again}", file=sys.stderr) or 130
     except Exception as error:              # torch and safetensors wrap the system's "disk full" in classes of their own
-        if not isinstance(error, Mistake) and not re.search("No space left|os error 2[78]|Errno 2[78]|file write failed", str(error)):
+        if not isinstance(error, Mistake) and not re.search("No space left|os error 2[78]|Errno 2[78]|file write failed", f"{error} {error.__context__}"):
             raise
         text = error if isinstance(error, Mistake) else f"the disk is full: free some space, then go on with {again}"
         code = print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr) or 2
@@ -92,39 +92,30 @@ class Run:
                  f"{self.device}{' bf16' * self.bf16}{f' x {self.world}' * (self.world > 1)} | seed {args.seed}")
         if 0.5 < args.sparsity < 1:
             self.say(f"--sparsity is the share KEPT: {args.sparsity:g} keeps {args.sparsity:.0%}; did you mean {1 - args.sparsity:g}?")
-        self.open_out()
+        self.check_out()
         self.before, self.started, self.ends, self.losses = 0.0, time.time(), [], []     # before: seconds before --resume
         self.next_log, self.next_write = 0.0, 2.0
         torch.manual_seed(args.seed)
 
-    def open_out(self):
-        """Make --out or, on --resume, check that it holds a run with these flags: log.jsonl, whose first line they are."""
+    def check_out(self):
+        """--out must be new, or a run of ours (log.jsonl, whose first line is its flags), on --resume one with these flags; writes nothing."""
         args, out, log = self.args, self.out, self.out / "log.jsonl"
-        if self.rank:
-            return self.barrier()
         with blame((OSError, ValueError), f"--out {out} cannot be used ({{}}): give a folder that can be written"):
-            held = os.listdir(out) if out.exists() else []
+            held = set(os.listdir(out) if out.exists() else []) - {"log.jsonl.part"}
             for flag in ("model", "teacher"):
                 same = getattr(args, flag) and Path(getattr(args, flag)).resolve() == out.resolve()
                 demand(not same, f"--out {out} is the --{flag} folder and would overwrite it: give another")
             demand("log.jsonl" in held or not args.resume, f"--resume: {out} holds no run: give its --out, or leave --resume out")
             demand("log.jsonl" in held or not held, f"--out {out} holds files that are no run of ours: give a new folder")
+            demand(os.access(next(p for p in (out, *out.absolute().parents) if p.exists()), os.W_OK), f"--out {out} may not be written: give another")
             if args.resume:
                 for key, was in json.loads(log.read_text().partition("\n")[0] or "{}").get("args", {}).items():
                     demand(was == self.flags.get(key), f"--resume: {out} ran with --{key} {was}, not {self.flags.get(key)}: give the same flags")
-            else:
-                out.mkdir(parents=True, exist_ok=True)
-                self.say(f"{out} holds an unfinished run: starting it anew (--resume would go on)") if "checkpoint.pt" in held else None
-                for old in ("checkpoint.pt", "result.json"):
-                    (out / old).unlink(missing_ok=True)
-                write_whole(log, json.dumps({"args": self.flags}) + "\n")
+            if args.resume and "result.json" in held:
+                line = json.loads((out / "result.json").read_text())["line"]
+                self.say(f"this run is finished:\n{line}")
+                sys.exit(3 if "MISSED" in line else 0)
         self.barrier()
-
-    def finished(self):
-        """Whether --resume finds a finished run; its RESULT line is then printed again."""
-        done = self.args.resume and (self.out / "result.json").exists()
-        self.say(json.loads((self.out / "result.json").read_text())["line"]) if done else None
-        return done
 
     def say(self, text):
         print(text, flush=True) if self.rank == 0 else None
@@ -174,10 +165,19 @@ class Run:
         self.next_write = self.seconds() + max(2.0, 60 * (time.time() - begun))
 
     def restore(self, **parts):
-        """On --resume, load the last checkpoint into parts, dicts or what has load_state_dict. Returns the steps already done."""
+        """Open --out; on --resume load the last checkpoint into parts, dicts or what has load_state_dict. Returns the steps already done."""
         path, log, self.ends = self.out / "checkpoint.pt", self.out / "log.jsonl", [time.time()]
         if not self.args.resume or not path.exists():
-            self.say("this run was stopped before its first checkpoint: it starts again from step 0") if self.args.resume else None
+            if self.args.resume:
+                self.say("this run was stopped before its first checkpoint: it starts again from step 0")
+            elif path.exists():
+                self.say(f"{self.out} holds an unfinished run: starting it anew (--resume would have gone on)")
+            if self.rank == 0:              # nothing is written before here, where all flags and files have been found good
+                with blame(OSError, f"--out {self.out} cannot be written ({{}}): give another folder"):
+                    self.out.mkdir(parents=True, exist_ok=True)
+                    for old in ("checkpoint.pt", "result.json"):
+                        (self.out / old).unlink(missing_ok=True)
+                    write_whole(log, json.dumps({"args": self.flags}) + "\n")
             return 0
         saved = torch.load(path, map_location=self.device, weights_only=True)
         for key, part in parts.items():
@@ -293,7 +293,10 @@ def load_config(name):
     with loading(name):
         config = AutoConfig.from_pretrained(name)
         demand(config.model_type == "bert", f"--model {name} is a {config.model_type} model: give a BERT")
-        return config, AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)             # an empty one, where its files are missing
+        demand(10 < len(tokenizer) <= config.vocab_size, f"{name} has a tokenizer of {len(tokenizer)} words for a vocabulary of {config.vocab_size}: "
+               "give a folder with its own tokenizer.json or vocab.txt")
+        return config, tokenizer
 
 
 def loading(name):

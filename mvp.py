@@ -42,7 +42,9 @@ import common
 # ---- flags
 
 # <method: hyper-parameters>
-# warmup, t_i and t_f are shares of the run; the paper counts steps (SQuAD: 5,400 of 55,000, t_i once and t_f twice that).
+# The paper's, from the authors' run sheet; the rows of other tasks and the mini preset's are ours, the same in all scripts.
+# warmup, t_i and t_f are shares of the run (the paper counts steps: on SQuAD 5,400 of 55,000, t_i once and t_f twice that).
+# clip: one norm over all that is trained, scores included. length: in tokens.
 MINI = dict(steps=1000, batch_size=32, lr=5e-4, score_lr=1e-2, length=128, warmup=0.05, t_i=0.05, t_f=0.3, clip=1.0)
 PAPER = dict(epochs=6, batch_size=32, lr=3e-5, score_lr=1e-2, length=128, warmup=0.05, t_i=0.05, t_f=0.3, clip=1.0)
 HYPER = {"mini": {"*": MINI},
@@ -54,14 +56,18 @@ HYPER = {"mini": {"*": MINI},
 
 
 def flags():
+    """The command line. A flag left out takes the preset's value from HYPER."""
     p = common.Parser(__doc__)
+    # what to do
     p.add_argument("--task", default="squad", choices=common.TASKS, help="tsv: your own DIR/tsv/{train,dev}.tsv")
     p.add_argument("--sparsity", default=0.03, type=common.number(float, 0, 1), metavar="V",
                    help="share of the prunable weights KEPT: 0.03 keeps 3.00 %%, prunes 97.00 %%; 1 is dense fine-tuning")
+    # from what: the embedded BERT and data (mini), or bert-base-uncased and the whole task (paper); the rest overrides one thing
     p.add_argument("--preset", choices=["mini", "paper"], help="default: paper where CUDA is here, else mini")
     p.add_argument("--model", help="a BERT by hub name or folder; default: the preset's")
     p.add_argument("--data", metavar="DIR", help="folder of the data files; default: the preset's")
     p.add_argument("--teacher", metavar="DIR", help="distil from the fine-tuned model in DIR")
+    # where to, and how
     p.add_argument("--out", metavar="DIR", help="default: out/<script>-<task>-<V>-s<seed>")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     p.add_argument("--seed", default=0, type=common.number(int, 0))
@@ -91,10 +97,12 @@ def kth_largest(x, k):
     A sample brackets it, so that only the few elements inside the bracket are searched; a full sort costs 20 times more."""
     n = x.numel()
     if n > 100_000:
+        # A bracket [low, high] from every (n / 16384)-th element, four standard deviations to each side of the rank wanted.
         sample = x[::n // 16384].sort(descending=True).values
         at, slack = k / n * len(sample), 4 * (k / n * (1 - k / n) * len(sample)) ** 0.5 + 2
         high, low = sample[max(int(at - slack), 0)], sample[min(int(at + slack), len(sample) - 1)]
         above, inside = int((x > high).sum()), x[(x <= high) & (x >= low)]
+        # It holds the k-th largest unless the sample was unlucky; then all are searched.
         if above < k <= above + len(inside):
             return inside.kthvalue(len(inside) - (k - above) + 1).values
     return x.kthvalue(n - k + 1).values
@@ -120,6 +128,7 @@ def update_masks(masked, scores, v, scope):
     elif scope == "local":
         masks = [top_v(s, v) for s in scores]
     else:
+        # all scores in one row, (n,), ranked, and cut up again
         masks = top_v(torch.cat([s.flatten() for s in scores]), v).split([s.numel() for s in scores])
     for m, mask in zip(masked, masks):
         m.mask.copy_(mask.view_as(m.mask))
@@ -130,13 +139,13 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight, scores, mask):
-        ctx.save_for_backward(weight, mask)
+        ctx.save_for_backward(weight, mask)                         # not the scores: the gradient does not depend on them
         return weight * mask
 
     @staticmethod
     def backward(ctx, grad):
-        weight, mask = ctx.saved_tensors
-        return grad * mask, grad * weight, None
+        weight, mask = ctx.saved_tensors                            # grad: dL/dW', (out, in)
+        return grad * mask, grad * weight, None                     # dL/dW, dL/dS, and nothing for M
 
 
 class Masked(nn.Module):
@@ -155,13 +164,13 @@ class Masked(nn.Module):
 # ---- run
 
 def main(args):
+    """Fine-tune, prune meanwhile, save. Returns the exit status: 0, or 3 if the goal was missed."""
     run = common.Run(__file__, args, HYPER)             # preset, device, processes, --out; prints the first line
-    if run.finished():
-        return 0
     task = common.Task(run)                             # features, batches, metrics
     model = common.load_bert(run, task)                 # with a fresh head; its embeddings are frozen
     teacher = common.load_teacher(run, task)            # None without --teacher
     weights = common.prunable(model)                    # {name: Linear}, the six matrices of every encoder layer
+    # All that is not frozen learns at args.lr times the schedule's factor; a method may add groups with peaks of their own.
     groups = [{"params": [p for p in model.parameters() if p.requires_grad], "peak": args.lr}]
     state = {}                                          # what the method has to remember over a --resume
 
@@ -171,12 +180,16 @@ def main(args):
     for layer, m in zip(weights.values(), masked):
         parametrize.register_parametrization(layer, "weight", m)
     scores = [m.scores for m in masked]                             # S: (out, in) each, 0 at the start
+    # Faster than the weights: a score has to overtake others within the run, a weight has not. Same schedule, same clip.
     groups.append({"params": scores, "peak": args.score_lr})
     # </method>
 
+    # No weight decay, as in the paper (AdamW's default is 0.01): it would shrink what is being ranked.
     optimizer = torch.optim.AdamW(groups, lr=args.lr, eps=1e-8, weight_decay=0.0)
     trained = [p for group in groups for p in group["params"]]
     net = run.parallel(model)
+
+    # Batch, dropout and learning rate depend on (seed, step) alone, so that a resumed run ends in the same bytes.
     for step in range(run.restore(model=model, optimizer=optimizer, state=state), args.steps):
         run.seed_step(step)
         batch = task.batch(step)
@@ -186,32 +199,39 @@ def main(args):
 
         # <method: before forward>
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
+        # Masks are found once a step, from the scores as the last step left them.
         update_masks(masked, scores, v, args.scope)
         # </method>
 
+        # Cross-entropy, or with a teacher 0.1 of it + 0.9 T^2 KL; in bf16 on a GPU.
         with run.autocast():
             loss = common.task_loss(net, batch, teacher)
 
         # <method: penalty>
-        penalty = 0.0
+        penalty = 0.0                                               # what is kept is set by the schedule, nothing pays for it
         # </method>
 
         optimizer.zero_grad()
         (loss + penalty).backward()
 
         # <method: gradient>
+        # nothing: StraightThrough has made dL/dW and dL/dS already
         # </method>
 
+        # One norm over weights and scores together, as in the official code.
         nn.utils.clip_grad_norm_(trained, args.clip)
         optimizer.step()
 
         # <method: after step>
+        # nothing: masked weights are in the model still, only not in its forward pass
         # </method>
 
+        # One line every ten seconds; what is kept is counted, not assumed. A checkpoint takes under 2 % of the time.
         run.log(step + 1, loss, penalty, lambda: common.kept(weights)[1], v, args.lr * factor)
         run.checkpoint(step + 1, model=model, optimizer=optimizer, state=state)
 
     # <method: bake>
+    # The last masks, at v_f, then zeros into plain nn.Linear weights: W * M becomes W.
     goal = args.sparsity
     update_masks(masked, scores, args.sparsity, args.scope)
     for layer in weights.values():

@@ -32,7 +32,6 @@ Run        python soft_mvp.py --task squad --sparsity 0.03                      
            torchrun --standalone --nproc_per_node=2 soft_mvp.py --preset paper       bert-base-uncased, the whole of SQuAD
            The last line printed: RESULT soft_mvp squad keeps 3.00% (prunes 97.00%) EM .. F1 .. | steps, seconds, seed | folder
 """
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
@@ -43,7 +42,9 @@ import common
 # ---- flags
 
 # <method: hyper-parameters>
-# warmup, t_i and t_f are shares of the run; the paper counts steps (SQuAD: 5,400 of 55,000, t_i once and t_f twice that).
+# The paper's, from the authors' run sheet; the rows of other tasks and the mini preset's are ours, the same in all scripts.
+# warmup, t_i and t_f are shares of the run (the paper counts steps: on SQuAD 5,400 of 55,000, t_i once and t_f twice that).
+# clip: one norm over all that is trained, scores included. length: in tokens.
 MINI = dict(steps=1000, batch_size=32, lr=5e-4, score_lr=1e-2, length=128, warmup=0.05, t_i=0.05, t_f=0.3, clip=1.0)
 PAPER = dict(epochs=6, batch_size=32, lr=3e-5, score_lr=1e-2, length=128, warmup=0.05, t_i=0.05, t_f=0.3, clip=1.0)
 HYPER = {"mini": {"*": MINI},
@@ -55,14 +56,18 @@ HYPER = {"mini": {"*": MINI},
 
 
 def flags():
+    """The command line. A flag left out takes the preset's value from HYPER."""
     p = common.Parser(__doc__)
+    # what to do
     p.add_argument("--task", default="squad", choices=common.TASKS, help="tsv: your own DIR/tsv/{train,dev}.tsv")
     p.add_argument("--sparsity", default=0.03, type=common.number(float, 0, 1), metavar="V",
                    help="share of the prunable weights KEPT: 0.03 keeps 3.00 %%, prunes 97.00 %%; 1 is dense fine-tuning")
+    # from what: the embedded BERT and data (mini), or bert-base-uncased and the whole task (paper); the rest overrides one thing
     p.add_argument("--preset", choices=["mini", "paper"], help="default: paper where CUDA is here, else mini")
     p.add_argument("--model", help="a BERT by hub name or folder; default: the preset's")
     p.add_argument("--data", metavar="DIR", help="folder of the data files; default: the preset's")
     p.add_argument("--teacher", metavar="DIR", help="distil from the fine-tuned model in DIR")
+    # where to, and how
     p.add_argument("--out", metavar="DIR", help="default: out/<script>-<task>-<V>-s<seed>")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     p.add_argument("--seed", default=0, type=common.number(int, 0))
@@ -93,10 +98,12 @@ def kth_largest(x, k):
     A sample brackets it, so that only the few elements inside the bracket are searched; a full sort costs 20 times more."""
     n = x.numel()
     if n > 100_000:
+        # A bracket [low, high] from every (n / 16384)-th element, four standard deviations to each side of the rank wanted.
         sample = x[::n // 16384].sort(descending=True).values
         at, slack = k / n * len(sample), 4 * (k / n * (1 - k / n) * len(sample)) ** 0.5 + 2
         high, low = sample[max(int(at - slack), 0)], sample[min(int(at + slack), len(sample) - 1)]
         above, inside = int((x > high).sum()), x[(x <= high) & (x >= low)]
+        # It holds the k-th largest unless the sample was unlucky; then all are searched.
         if above < k <= above + len(inside):
             return inside.kthvalue(len(inside) - (k - above) + 1).values
     return x.kthvalue(n - k + 1).values
@@ -116,10 +123,11 @@ def top_v(scores, v):
 
 @torch.no_grad()
 def update_masks(masked, scores, v):
-    """M = (S > tau) in all matrices, with the one tau above which exactly v of all scores lie."""
+    """M = (S > tau) in all matrices, with the one tau above which exactly round(v n) of all n scores lie."""
     if v == 1:
         masks = [torch.ones_like(s) for s in scores]
     else:
+        # all scores in one row, (n,), ranked, and cut up again
         masks = top_v(torch.cat([s.flatten() for s in scores]), v).split([s.numel() for s in scores])
     for m, mask in zip(masked, masks):
         m.mask.copy_(mask.view_as(m.mask))
@@ -129,21 +137,28 @@ def update_masks(masked, scores, v):
 def update_masks_open(masked, scores, tau):
     """The paper's own: M = (sigmoid(S) > tau); a matrix that would keep less than 0.5 % keeps its top int(0.005 n) + 1."""
     for m, s in zip(masked, scores):
-        mask = torch.sigmoid(s) > tau
+        mask = torch.sigmoid(s) > tau                               # tau: 0 -> 0.1, so in the end S > -2.197
         least = int(0.005 * s.numel()) + 1
         m.mask.copy_(mask if mask.sum() >= least else top_v(s, least / s.numel()))
 
 
+# (share kept, lambda) of the authors' SQuAD runs without a teacher, from their run sheet
+SHEET = [(0.012, 2300), (0.026, 1400), (0.040, 1100), (0.071, 800), (0.139, 500), (0.312, 200), (0.455, 100), (0.596, 50), (0.831, 10), (1, 0)]
+
+
 def paper_lambda(v, n_prunable):
-    """The lambda with which the authors' SQuAD runs ended at a share v kept (their run sheet, interpolated), for a model of this size.
+    """The lambda with which the authors ended at a share v kept (linear between their runs), for a model of this size.
 
     Their penalty is a mean over weights, so one weight of BERT-base feels lambda / 84.9 M: scaled, each weight here feels the same."""
-    return np.interp(v, [0.012, 0.026, 0.040, 0.071, 0.139, 0.312, 0.455, 0.596, 0.831, 1.0],
-                     [2300, 1400, 1100, 800, 500, 200, 100, 50, 10, 0]) * n_prunable / 84_934_656
+    # below the sheet's lowest share, its largest lambda
+    for (v0, lambda0), (v1, lambda1) in zip(SHEET, SHEET[1:]):
+        if v <= v1:
+            return (lambda0 + (lambda1 - lambda0) * max(v - v0, 0) / (v1 - v0)) * n_prunable / 84_934_656
 
 
 def sigmoid_penalty(scores):
     """The mean over matrices of the mean of sigmoid(S): times lambda, the term added to the loss."""
+    # so a weight of a 3072 x 768 matrix feels a quarter of what one of a 768 x 768 feels: as in the official code
     return torch.stack([torch.sigmoid(s).mean() for s in scores]).mean()
 
 
@@ -152,13 +167,13 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight, scores, mask):
-        ctx.save_for_backward(weight, mask)
+        ctx.save_for_backward(weight, mask)                         # not the scores: the gradient does not depend on them
         return weight * mask
 
     @staticmethod
     def backward(ctx, grad):
-        weight, mask = ctx.saved_tensors
-        return grad * mask, grad * weight, None
+        weight, mask = ctx.saved_tensors                            # grad: dL/dW', (out, in)
+        return grad * mask, grad * weight, None                     # dL/dW, dL/dS, and nothing for M
 
 
 class Masked(nn.Module):
@@ -177,13 +192,13 @@ class Masked(nn.Module):
 # ---- run
 
 def main(args):
+    """Fine-tune, prune meanwhile, save. Returns the exit status: 0, or 3 if the goal was missed."""
     run = common.Run(__file__, args, HYPER)             # preset, device, processes, --out; prints the first line
-    if run.finished():
-        return 0
     task = common.Task(run)                             # features, batches, metrics
     model = common.load_bert(run, task)                 # with a fresh head; its embeddings are frozen
     teacher = common.load_teacher(run, task)            # None without --teacher
     weights = common.prunable(model)                    # {name: Linear}, the six matrices of every encoder layer
+    # All that is not frozen learns at args.lr times the schedule's factor; a method may add groups with peaks of their own.
     groups = [{"params": [p for p in model.parameters() if p.requires_grad], "peak": args.lr}]
     state = {}                                          # what the method has to remember over a --resume
 
@@ -193,13 +208,18 @@ def main(args):
     for layer, m in zip(weights.values(), masked):
         parametrize.register_parametrization(layer, "weight", m)
     scores = [m.scores for m in masked]                             # S: (out, in) each, 0 at the start
+    # Faster than the weights: a score has to overtake others within the run, a weight has not. Same schedule, same clip.
     groups.append({"params": scores, "peak": args.score_lr})
+    # AdamW divides by the gradient's size, so lambda matters against the loss's own push on the same score, not by itself.
     lambda_f = args.penalty or paper_lambda(args.sparsity, sum(s.numel() for s in scores))
     # </method>
 
+    # No weight decay, as in the paper (AdamW's default is 0.01): it would shrink what is being ranked.
     optimizer = torch.optim.AdamW(groups, lr=args.lr, eps=1e-8, weight_decay=0.0)
     trained = [p for group in groups for p in group["params"]]
     net = run.parallel(model)
+
+    # Batch, dropout and learning rate depend on (seed, step) alone, so that a resumed run ends in the same bytes.
     for step in range(run.restore(model=model, optimizer=optimizer, state=state), args.steps):
         run.seed_step(step)
         batch = task.batch(step)
@@ -209,18 +229,21 @@ def main(args):
 
         # <method: before forward>
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
-        ramp = 1 - schedule(step, args.steps, 0.0, args.t_i, args.t_f)      # the same cubic, from 0 to 1
+        # lambda_t / lambda_f and, in the open loop, tau / 0.1: both ramp with the cubic with which v falls
+        ramp = 1 - schedule(step, args.steps, 0.0, args.t_i, args.t_f)
         if args.penalty is None:
             update_masks(masked, scores, v)
         else:
             update_masks_open(masked, scores, 0.1 * ramp)
-            v = None                                                        # no goal: what is kept follows from lambda
+            v = None                                                # no goal: what is kept follows from lambda
         # </method>
 
+        # Cross-entropy, or with a teacher 0.1 of it + 0.9 T^2 KL; in bf16 on a GPU.
         with run.autocast():
             loss = common.task_loss(net, batch, teacher)
 
         # <method: penalty>
+        # d penalty / dS is largest at S = 0 and falls off to both sides: what has decided for itself is left alone.
         penalty = lambda_f * ramp * sigmoid_penalty(scores)
         # </method>
 
@@ -228,18 +251,23 @@ def main(args):
         (loss + penalty).backward()
 
         # <method: gradient>
+        # nothing: StraightThrough has made dL/dW and dL/dS already
         # </method>
 
+        # One norm over weights and scores together, as in the official code.
         nn.utils.clip_grad_norm_(trained, args.clip)
         optimizer.step()
 
         # <method: after step>
+        # nothing: masked weights are in the model still, only not in its forward pass
         # </method>
 
+        # One line every ten seconds; what is kept is counted, not assumed. A checkpoint takes under 2 % of the time.
         run.log(step + 1, loss, penalty, lambda: common.kept(weights)[1], v, args.lr * factor)
         run.checkpoint(step + 1, model=model, optimizer=optimizer, state=state)
 
     # <method: bake>
+    # The last masks, at v_f, then zeros into plain nn.Linear weights: W * M becomes W.
     goal = args.sparsity if args.penalty is None else None
     if args.penalty is None:
         update_masks(masked, scores, args.sparsity)

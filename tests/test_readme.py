@@ -1,0 +1,130 @@
+"""README's commands: every one in a code block names a script that is here, with flags that the script itself accepts. None is run."""
+import contextlib
+import importlib
+import io
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+SET_UP = ["pip install -r requirements.txt && python soft_mvp.py --task squad --sparsity 0.03", "pip install -r requirements.txt && pytest"]
+
+
+def blocks(text):
+    """[(line number, line)] of the code blocks: fenced by ``` or ~~~, or indented by four spaces after a blank line."""
+    found, fence, indented, before = [], None, False, ""
+    for n, line in enumerate(text.splitlines(), 1):
+        mark = re.match(r" {0,3}(```+|~~~+)", line)
+        if fence:
+            if mark and line.strip().startswith(fence) and not line.strip().strip("`~"):
+                fence = None
+            else:
+                found.append((n, line))
+        elif mark:
+            fence = mark.group(1)
+        else:
+            indented = line.startswith("    ") and (indented or not before.strip()) or indented and not line.strip()
+            if indented and line.strip():
+                found.append((n, line[4:]))
+        before = line
+    return found
+
+
+def commands(text):
+    """[(line number, [words])]: lines joined at a trailing backslash, split at && and ;, without prompt, comment and VARIABLE=value."""
+    found, held, start = [], "", 0
+    for n, line in blocks(text):
+        start = start if held else n
+        held += line
+        if held.endswith("\\"):
+            held = held[:-1] + " "
+            continue
+        line, held = re.sub(r"^\s*\$ ", "", held), ""
+        try:
+            lexer = shlex.shlex(line, posix=True, punctuation_chars="&;|")
+            lexer.whitespace_split = True
+            words = list(lexer)
+        except ValueError:                              # an apostrophe in printed output: no command
+            continue
+        piece = []
+        for word in [*words, "&&"]:
+            if re.fullmatch(r"[&;|]+", word):
+                while piece and re.fullmatch(r"[A-Z_]+=.*", piece[0]):
+                    piece.pop(0)
+                if piece:
+                    found.append((start, piece))
+                piece = []
+            else:
+                piece.append(word)
+    return found
+
+
+def mistake(words):
+    """What is wrong with a command, or None. Only what starts with python, torchrun, pip or pytest is looked at."""
+    program, *rest = words
+    if program == "pip":
+        files = [rest[i + 1] for i, word in enumerate(rest[:-1]) if word == "-r"]
+        return next((f"{f} is not here" for f in files if not (ROOT / f).exists()), None)
+    if program == "pytest":
+        return next((f"{f} is not here" for f in rest if not f.startswith("-") and not (ROOT / f.split("::")[0]).exists()), None)
+    if not re.fullmatch(r"python3?|torchrun", program) or rest[:1] == ["-c"]:
+        return None
+    at = next((i for i, word in enumerate(rest) if word.endswith(".py")), None)
+    if at is None:
+        return None if rest[:1] == ["-m"] else "no script in it"
+    script, flags = rest[at], rest[at + 1:]
+    if not (ROOT / script).exists():
+        return f"{script} is not here"
+    if "/" in script:                                   # mini/make.py and the like: no method, flags of their own
+        return None
+    error = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
+            importlib.import_module(script[:-3]).flags().parse_args(flags)
+    except SystemExit as end:
+        return None if end.code == 0 else error.getvalue().strip()
+    return None
+
+
+def test_the_reading_of_blocks():
+    text = ("Text `python none.py`:\n\n```sh\n$ OMP_NUM_THREADS=1 python a.py --x 1 && pytest   # why\npython b.py \\\n  --y \"2 3\"\n```\npython c.py\n\n"
+            "    pip install -r r.txt; python d.py\n    it's output\n\n- a list\n    python e.py\n")
+    assert commands(text) == [(4, ["python", "a.py", "--x", "1"]), (4, ["pytest"]), (5, ["python", "b.py", "--y", "2 3"]),
+                              (10, ["pip", "install", "-r", "r.txt"]), (10, ["python", "d.py"])]
+
+
+@pytest.mark.parametrize("command, wrong", [
+    ("python soft_mvp.py --task squad --sparsity 0.03", None), ("torchrun --standalone --nproc_per_node=2 mvp.py --task mnli", None),
+    ("python mvp.py --help", None), ("python missing.py --task squad", "missing.py is not here"), ("python mvp.py --task squat", "squat"),
+    ("python mvp.py --sparsity 3", "--sparsity"), ("python magnitude.py --score_lr 1e-2", "--score_lr"), ("torchrun x", "no script"),
+    ("torchrun --standalone mvp.py --spars 0.1", "--spars"), ("pip install -r requirement.txt", "requirement.txt is not here"),
+    ("pytest tests/test_none.py", "not here"), ("pytest tests/test_readme.py -q", None)])
+def test_the_judging_of_commands(command, wrong):
+    found = mistake(shlex.split(command))
+    assert found is None if wrong is None else found and wrong in found
+
+
+def test_every_command_parses():
+    found = commands(README.read_text(encoding="utf-8"))
+    wrong = [f"README.md, line {n}: {shlex.join(words)}: {mistake(words)}" for n, words in found if mistake(words)]
+    assert wrong == [], "\n".join(wrong)
+    shown = {words[1] for _, words in found if words[0] == "python" and len(words) > 1}
+    assert {"magnitude.py", "mvp.py", "soft_mvp.py"} <= shown, f"README shows no command of {sorted({'magnitude.py', 'mvp.py', 'soft_mvp.py'} - shown)}"
+
+
+def test_it_opens_with_the_set_up():
+    """Both set-up commands of CONTRACT.md, to the letter, in a code block within the first 40 lines."""
+    opening = [line.strip().removeprefix("$ ").split("#")[0].strip() for n, line in blocks(README.read_text(encoding="utf-8")) if n <= 40]
+    for command in SET_UP:
+        assert command in opening, f"{command!r} is not among {opening}"
+
+
+def test_requirements_are_pinned():
+    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    lines = [line for line in lines if line]
+    assert "torch==2.13.0" in lines
+    assert all(re.fullmatch(r"[\w-]+==[\w.]+", line) for line in lines), lines
+    assert {line.split("==")[0] for line in lines} == {"torch", "numpy", "transformers", "pytest"}

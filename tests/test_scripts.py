@@ -1,0 +1,801 @@
+"""Every script, run as a user runs it, on a few questions of mini/: what it prints, what it leaves, how it stops and goes on, what it
+says to a mistake. Expected values come from plain transformers, safetensors and numpy, and from CONTRACT's wording.
+
+Most runs go through a worker, one Python process that runs script after script as __main__ and so starts torch once; those that are
+about processes (killed ones, torchrun, the same bytes from another process) start their own.
+"""
+import collections
+import importlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import string
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from torch.nn.utils import parametrize
+
+import common
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = [name for name in ("magnitude", "mvp", "soft_mvp", "l0", "rpp", "mgpp") if (ROOT / f"{name}.py").exists()]
+MODULES = {name: importlib.import_module(name) for name in SCRIPTS}
+SHORT = ["--steps", "12", "--batch_size", "8"]
+SIX = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense", "intermediate.dense", "output.dense")
+# no network, and none by accident either: a proxy that nobody answers; one script as good as another, so no CUDA
+ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false",
+       **{f"{kind}_proxy": "http://127.0.0.1:9" for kind in ("http", "https")}}
+Ended = collections.namedtuple("Ended", "code out err")
+
+
+def has(script, flag):
+    return flag in MODULES[script].flags()._option_string_actions
+
+
+# ---- running
+
+DRIVER = r'''
+import json, os, resource, runpy, sys, traceback
+import common
+
+checkpoint, answers = common.Run.checkpoint, os.fdopen(os.dup(1), "w")
+
+
+def interrupted(at):                                    # write one checkpoint two steps before, then Ctrl-C
+    def patched(self, step, **parts):
+        self.next_write = 0.0 if step == at - 2 else float("inf")
+        checkpoint(self, step, **parts)
+        if step == at:
+            raise KeyboardInterrupt
+    return patched
+
+
+for line in sys.stdin:
+    ask = json.loads(line)
+    os.chdir(ask["cwd"])
+    sys.argv = [ask["script"], *ask["flags"]]
+    held = os.dup(1), os.dup(2)
+    for fd, path in ((1, ask["out"]), (2, ask["err"])):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+    common.Run.checkpoint = interrupted(ask["interrupt"]) if ask["interrupt"] else checkpoint
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (ask["largest"] or limits[0], limits[1]))
+    try:
+        runpy.run_path(ask["script"], run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    sys.stdout.flush(), sys.stderr.flush()
+    os.dup2(held[0], 1), os.dup2(held[1], 2), os.close(held[0]), os.close(held[1])
+    print(code, file=answers, flush=True)
+'''
+
+
+@pytest.fixture(scope="session")
+def call(tmp_path_factory):
+    """call(script, *flags, cwd, interrupt=step, largest=bytes a file may have) -> Ended, in the worker."""
+    folder = tmp_path_factory.mktemp("worker")
+    worker = subprocess.Popen([sys.executable, "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENV)
+
+    def ask(script, *flags, cwd, interrupt=None, largest=None):
+        out, err = folder / "out", folder / "err"
+        print(json.dumps(dict(script=str(ROOT / f"{script}.py"), flags=[str(f) for f in flags], cwd=str(cwd), out=str(out), err=str(err),
+                              interrupt=interrupt, largest=largest)), file=worker.stdin, flush=True)
+        answer = worker.stdout.readline()
+        assert answer, f"the worker died in {script} {flags}"
+        return Ended(int(answer), out.read_text(), err.read_text())
+    yield ask
+    worker.stdin.close()
+    worker.wait(timeout=60)
+
+
+def spawn(*command, cwd, timeout=120):
+    """A process of its own -> Ended."""
+    run = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=ENV, text=True, capture_output=True, timeout=timeout)
+    return Ended(run.returncode, run.stdout, run.stderr)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A folder with the first 200 training and 60 dev rows of each of mini/'s tasks; SQuAD's of contexts that fit one window."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "squad").mkdir()
+    for name, most in (("train", 200), ("dev", 60)):
+        paragraphs, n = [], 0
+        for article in json.loads((ROOT / f"mini/squad/{name}-v1.1.json").read_text())["data"]:
+            for p in article["paragraphs"]:
+                if len(p["context"]) <= 320 and n < most:
+                    paragraphs.append(p)
+                    n += len(p["qas"])
+        (folder / f"squad/{name}-v1.1.json").write_text(json.dumps({"version": "1.1", "data": [{"title": "", "paragraphs": paragraphs}]}))
+    for task, files in (("MNLI", ("train", "dev_matched", "dev_mismatched")), ("QQP", ("train", "dev"))):
+        (folder / "glue" / task).mkdir(parents=True)
+        for name in files:
+            lines = (ROOT / f"mini/glue/{task}/{name}.tsv").read_text().splitlines(True)
+            (folder / f"glue/{task}/{name}.tsv").write_text("".join(lines[:201 if name == "train" else 61]))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(call, data, tmp_path_factory):
+    """trained(script, task, V, *flags) -> (Ended, its folder): each asked for is run once."""
+    done, cwd = {}, tmp_path_factory.mktemp("runs")
+
+    def train(script, task, v, *flags):
+        key = (script, task, v, *flags)
+        if key not in done:
+            out = cwd / f"{len(done)}"
+            done[key] = call(script, "--task", task, "--sparsity", v, "--data", data, "--out", out, *SHORT, *flags, cwd=cwd), out
+        return done[key]
+    return train
+
+
+def tree(folder):
+    """{path: bytes} of all files under a folder."""
+    return {str(f.relative_to(folder)): f.read_bytes() for f in Path(folder).rglob("*") if f.is_file()}
+
+
+def weights_of(folder):
+    """{name: array} of the prunable matrices in a saved model, by BERT's own names: six a layer, found with no code of ours."""
+    saved = safetensors.torch.load_file(Path(folder) / "model.safetensors")
+    layers = json.loads((Path(folder) / "config.json").read_text())["num_hidden_layers"]
+    return {f"bert.encoder.layer.{i}.{name}": saved[f"bert.encoder.layer.{i}.{name}.weight"].numpy() for i in range(layers) for name in SIX}
+
+
+def nonzero(folder):
+    weights = weights_of(folder)
+    return sum(int((w != 0).sum()) for w in weights.values()), sum(w.size for w in weights.values())
+
+
+def same_bytes(a, b):
+    return (Path(a) / "model.safetensors").read_bytes() == (Path(b) / "model.safetensors").read_bytes()
+
+
+def one_sentence(ended):
+    """A mistake's answer: exit 2 and one line on stderr that is no traceback and says more than a word or two."""
+    assert ended.code == 2, ended
+    assert ended.err.count("\n") == 1 and ended.err.endswith("\n"), ended.err
+    assert "Traceback" not in ended.err + ended.out and len(ended.err.split()) >= 6, ended.err
+    assert re.match(r"\w+\.py: \S", ended.err), ended.err
+    return ended.err
+
+
+# ---- what a run prints and leaves
+
+CASES = [(script, *case) for script in SCRIPTS for case in (("squad", 0.03), ("squad", 0.1), ("mnli", 0.1), ("qqp", 0.03))]
+METRICS = {"squad": ["EM", "F1"], "mnli": ["acc", "acc_mm"], "qqp": ["acc", "F1"]}
+RESULT = re.compile(r"RESULT (\w+) (\w+) keeps (\d+\.\d\d)% \(prunes (\d+\.\d\d)%\)((?: \w+ -?\d+\.\d)+) \| (\d+) steps (\d+) s seed (\d+) \| (.+)")
+LOG = re.compile(r"step \d{5,}/\d{5,}  loss \d+\.\d{4}  penalty -?\d+\.\d{4}  kept \d+\.\d+% \((?:no goal|goal \d+\.\d+%)\)  lr \d\.\de[+-]\d\d  \d+ ms  eta \d+[sm]")
+
+
+@pytest.mark.parametrize("script, task, v", CASES)
+def test_what_a_run_prints(trained, script, task, v):
+    ended, out = trained(script, task, v)
+    assert ended.code == 0 and ended.err == "", ended
+    lines = ended.out.splitlines()
+    both = f"keeps {100 * v:.2f}% (prunes {100 - 100 * v:.2f}%)"
+    assert script in lines[0] and task in lines[0] and both in lines[0] and "preset mini" in lines[0]
+    result = json.loads((out / "result.json").read_text())
+    found = RESULT.fullmatch(lines[-1])
+    assert found and sum(line.startswith("RESULT") for line in lines) == 1, lines[-1]
+    method, name, kept, prunes, metrics, steps, seconds, seed, folder = found.groups()
+    assert (method, name, steps, seed, folder) == (script, task, "12", "0", str(out))
+    assert kept == f"{100 * result['kept']:.2f}" and abs(float(kept) + float(prunes) - 100) < 0.011
+    assert dict(zip(metrics.split()[::2], metrics.split()[1::2])) == {k: f"{x:.1f}" for k, x in result["metrics"].items()}
+    assert abs(float(seconds) - result["seconds"]) <= 1
+    log = [line for line in lines if line.startswith("step ")]
+    assert len(log) >= 2 and all(LOG.fullmatch(line) for line in log), log
+    assert log[-1].startswith("step 00012/00012") and sum(line.startswith("layer ") for line in lines) == len(weights_of(out)) / 6
+
+
+@pytest.mark.parametrize("script, task, v", CASES)
+def test_kept_is_what_the_saved_file_holds(trained, script, task, v):
+    _, out = trained(script, task, v)
+    result = json.loads((out / "result.json").read_text())
+    left, n = nonzero(out)
+    assert result["n_prunable"] == n and result["kept"] == left / n and result["sparsity"] == v
+    assert abs(left / n - v) <= (0.001 if v >= 0.02 else 0.05 * v)
+    each = {name: float((w != 0).mean()) for name, w in weights_of(out).items()}
+    assert result["kept_per_layer"].keys() == each.keys() and len(each) == 24
+    assert all(abs(result["kept_per_layer"][name] - each[name]) < 1e-12 for name in each)
+
+
+@pytest.mark.parametrize("script, task, v", CASES)
+def test_result_and_log_files(trained, script, task, v):
+    _, out = trained(script, task, v)
+    result = json.loads((out / "result.json").read_text())
+    keys = "method task preset sparsity kept kept_per_layer metrics seed steps seconds ms_per_step n_train n_dev n_prunable model data device versions args"
+    assert set(keys.split()) <= result.keys()
+    assert (result["method"], result["task"], result["preset"], result["seed"], result["steps"], result["device"]) == (script, task, "mini", 0, 12, "cpu")
+    assert list(result["metrics"]) == METRICS[task] and all(0 <= x <= 100 for x in result["metrics"].values())
+    assert result["n_train"] >= 200 and result["n_dev"] == {"squad": 60, "mnli": 120, "qqp": 60}[task]
+    assert result["ms_per_step"] > 0 and result["seconds"] > 0 and {"torch", "transformers"} <= result["versions"].keys()
+    assert result["args"]["sparsity"] == v and result["args"]["batch_size"] == 8 and result["args"]["lr"] > 0
+    steps = [row["step"] for row in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "step" in row]
+    assert steps[0] >= 1 and steps[-1] == 12 and steps == sorted(set(steps))
+    files = {f.name for f in out.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "result.json", "log.jsonl"} <= files
+    assert not [f for f in files if f.endswith((".part", ".tmp", ".pt"))], files
+
+
+# ---- the saved model, in plain transformers
+
+def plain(text):
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return [w for w in text.split() if w not in ("a", "an", "the")]
+
+
+def em_f1(answer, golds):
+    em = f1 = 0.0
+    for gold in golds:
+        a, g = plain(answer), plain(gold)
+        common_words = sum(min(a.count(w), g.count(w)) for w in set(a))
+        em = max(em, float(a == g))
+        f1 = max(f1, 2 * common_words / (len(a) + len(g)) if common_words else 0.0)
+    return em, f1
+
+
+def squad_by_hand(folder, data):
+    """EM and F1 of a saved folder by plain transformers and a loop over all spans, one question at a time."""
+    model = transformers.AutoModelForQuestionAnswering.from_pretrained(folder).eval()
+    tokenizer, scores = transformers.AutoTokenizer.from_pretrained(folder), []
+    for p in json.loads((data / "squad/dev-v1.1.json").read_text())["data"][0]["paragraphs"]:
+        for q in p["qas"]:
+            enc = tokenizer(q["question"], p["context"], return_offsets_mapping=True, return_tensors="pt")
+            offsets, inside = enc.pop("offset_mapping")[0].tolist(), [s == 1 for s in enc.sequence_ids()]
+            assert len(inside) <= 128
+            with torch.no_grad():
+                out = model(**enc)
+            start, end, best = out.start_logits[0].tolist(), out.end_logits[0].tolist(), (-math.inf, 0, 0)
+            for i in range(len(inside)):
+                for j in range(i, min(i + 30, len(inside))):
+                    if inside[i] and inside[j] and start[i] + end[j] > best[0]:
+                        best = (start[i] + end[j], i, j)
+            scores.append(em_f1(p["context"][offsets[best[1]][0]:offsets[best[2]][1]], [a["text"] for a in q["answers"]]))
+    return dict(zip(("EM", "F1"), 100 * np.mean(scores, axis=0)))
+
+
+def glue_by_hand(folder, data, task):
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer, metrics = transformers.AutoTokenizer.from_pretrained(folder), {}
+    files, a, b, y = {"mnli": (["MNLI/dev_matched", "MNLI/dev_mismatched"], "sentence1", "sentence2", "gold_label"),
+                      "qqp": (["QQP/dev"], "question1", "question2", "is_duplicate")}[task]
+    for file, key in zip(files, ("acc", "acc_mm")):
+        head, *rows = [line.split("\t") for line in (data / f"glue/{file}.tsv").read_text().splitlines()]
+        guess, gold = [], [row[head.index(y)] for row in rows]
+        for row in rows:
+            with torch.no_grad():
+                logits = model(**tokenizer(row[head.index(a)], row[head.index(b)], return_tensors="pt")).logits[0]
+            guess.append(model.config.id2label[int(logits.argmax())])
+        metrics[key] = 100 * np.mean([g == t for g, t in zip(guess, gold)])
+        if task == "qqp":
+            hits = sum(g == t == "1" for g, t in zip(guess, gold))
+            metrics["F1"] = 100 * 2 * hits / max(1, guess.count("1") + gold.count("1"))
+    return metrics
+
+
+@pytest.mark.parametrize("script, task, v", [c for c in CASES if c[2] == 0.1 or c[1] == "qqp"])
+def test_metrics_are_those_of_the_saved_model(trained, data, script, task, v):
+    _, out = trained(script, task, v)
+    reported = json.loads((out / "result.json").read_text())["metrics"]
+    found = squad_by_hand(out, data) if task == "squad" else glue_by_hand(out, data, task)
+    assert reported.keys() == found.keys() and all(abs(reported[k] - found[k]) < 1e-6 for k in found), (reported, found)
+
+
+@pytest.mark.parametrize("script, task", [(script, task) for script in SCRIPTS for task in ("squad", "mnli")])
+def test_saved_model_is_the_masked_model_that_was_trained(script, task, data, tmp_path, monkeypatch, capsys):
+    """The logits just before the masks are baked in, the model with its W * M, and those of the folder opened by plain transformers."""
+    module, seen, load, report, remove = MODULES[script], {}, common.load_bert, common.report, parametrize.remove_parametrizations
+
+    def load_bert(*args, **more):
+        model = load(*args, **more)
+        return seen.setdefault("model", model) if "model" not in seen else model
+
+    def logits(model):
+        ids = torch.randint(5, 1000, (6, 40), generator=torch.Generator().manual_seed(1))
+        training, _ = model.training, model.eval()
+        with torch.no_grad():
+            out = model(input_ids=ids)
+        model.train(training)
+        return torch.cat([out[k].flatten() for k in ("logits", "start_logits", "end_logits") if k in out])
+
+    def look():
+        if "logits" not in seen:
+            seen["logits"] = logits(seen["model"])
+            seen["W * M"] = {name: (m.parametrizations.weight.original * m.parametrizations.weight[0].mask).detach().clone()
+                             for name, m in seen["model"].named_modules() if hasattr(m, "parametrizations")
+                             and hasattr(m.parametrizations.weight[0], "mask")}
+    monkeypatch.setattr(common, "load_bert", load_bert)
+    monkeypatch.setattr(parametrize, "remove_parametrizations", lambda *args, **more: (look(), remove(*args, **more))[1])
+    monkeypatch.setattr(common, "report", lambda *args: (look(), report(*args))[1])
+    args = module.flags().parse_args(["--task", task, "--sparsity", "0.1", "--data", str(data), "--out", str(tmp_path / "o"), "--device", "cpu",
+                                      "--preset", "mini", *SHORT])
+    assert module.main(args) == 0
+    auto = transformers.AutoModelForQuestionAnswering if task == "squad" else transformers.AutoModelForSequenceClassification
+    opened = auto.from_pretrained(tmp_path / "o").eval()
+    assert torch.equal(logits(opened), seen["logits"]) and seen["logits"].std() > 0
+    saved = weights_of(tmp_path / "o")
+    if script in ("magnitude", "mvp", "soft_mvp"):
+        assert len(seen["W * M"]) == len(saved) == 24
+    for name, w in seen["W * M"].items():
+        assert np.array_equal(saved[name], w.numpy()), name
+    assert not hasattr(opened.bert.encoder.layer[0].output.dense, "parametrizations")
+
+
+# ---- how much is kept, where, and when
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_v_of_one_is_dense(trained, script):
+    ended, out = trained(script, "squad", 1)
+    left, n = nonzero(out)
+    assert ended.code == 0 and left == n and "keeps 100.00% (prunes 0.00%)" in ended.out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if has(s, "--scope")])
+@pytest.mark.parametrize("v", [0.03, 0.1])
+def test_local_scope_keeps_the_share_of_each_matrix(trained, script, v):
+    _, out = trained(script, "squad", v)                                            # local is the default
+    for name, w in weights_of(out).items():
+        assert (w != 0).sum() == round(v * w.size), name
+
+
+@pytest.mark.parametrize("script, flags", [(s, ("--scope", "global")) for s in SCRIPTS if has(s, "--scope")] + [("soft_mvp", ())])
+def test_global_scope_keeps_the_share_of_all(trained, script, flags):
+    ended, out = trained(script, "squad", 0.1, *flags)
+    left, n = nonzero(out)
+    assert ended.code == 0 and left == round(0.1 * n)
+    assert len({round(float((w != 0).mean()), 3) for w in weights_of(out).values()}) > 3    # and not the same share of each
+
+
+def cubic(t, T, v_f, t_i, t_f):
+    return 1.0 if t <= t_i * T else v_f if t > T - t_f * T else v_f + (1 - v_f) * (1 - (t - t_i * T) / (T - t_i * T - t_f * T)) ** 3
+
+
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if s in ("magnitude", "mvp", "soft_mvp")])
+def test_masks_follow_the_schedule_at_every_step(script, data, tmp_path, monkeypatch, capsys):
+    """The run itself, spied upon: v of each step, the masks it led to, the parameters that are clipped, the optimiser's groups."""
+    module, calls, clipped, adams = MODULES[script], [], [], []
+    update, clip, adam = module.update_masks, torch.nn.utils.clip_grad_norm_, torch.optim.AdamW
+
+    def update_masks(masked, scores, v, *scope):
+        update(masked, scores, v, *scope)
+        calls.append((v, [int(m.mask.sum()) for m in masked], [m.mask.numel() for m in masked]))
+    monkeypatch.setattr(module, "update_masks", update_masks)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, norm, *a, **k: (clipped.append((len(list(p)), norm)), clip(p, norm, *a, **k))[1])
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: (adams.append(adam(*a, **k)), adams[-1])[1])
+    args = module.flags().parse_args(["--data", str(data), "--out", str(tmp_path / "o"), "--device", "cpu", "--preset", "mini", "--steps", "20",
+                                      "--batch_size", "4", "--sparsity", "0.05"])
+    assert module.main(args) == 0
+    expected = [cubic(t, 20, 0.05, args.t_i, args.t_f) for t in range(20)] + [0.05]                      # and once more for the bake
+    np.testing.assert_allclose([v for v, _, _ in calls], expected, atol=1e-12)
+    for v, counts, sizes in calls:
+        if script == "soft_mvp":
+            assert sum(counts) == round(v * sum(sizes))
+        else:
+            assert counts == [max(1, round(v * n)) for n in sizes]
+    groups = adams[0].param_groups
+    assert len(adams) == 1 and all(g["weight_decay"] == 0 and g["eps"] == 1e-8 for g in groups)          # AdamW's default is 0.01
+    assert [g["peak"] for g in groups] == ([args.lr] if script == "magnitude" else [args.lr, args.score_lr])
+    assert set(clipped) == {(sum(len(g["params"]) for g in groups), 1.0)} and len(clipped) == 20         # one clip over weights and scores
+    frozen = {p.shape for g in groups for p in g["params"]}
+    assert not any(1000 < shape[0] for shape in frozen)                                                  # no word embeddings
+
+
+# ---- soft movement's open loop, the advice, the teacher
+
+def test_open_loop(trained, data):
+    ended, out = trained("soft_mvp", "squad", 0.03, "--penalty", "500", "--score_lr", "0.7")
+    left, n = nonzero(out)
+    result = json.loads((out / "result.json").read_text())
+    assert ended.code == 0 and result["kept"] == left / n and 0.005 <= left / n < 0.999, ended              # an outcome, not the 3 % asked
+    assert RESULT.fullmatch(ended.out.splitlines()[-1]) and "no goal" in ended.out
+    gentle, out = trained("soft_mvp", "squad", 0.03, "--penalty", "1e-6")
+    assert gentle.code == 0 and nonzero(out)[0] == n                                                        # nothing presses, nothing goes
+
+
+def test_open_loop_ramps_threshold_and_lambda(data, tmp_path, monkeypatch, capsys):
+    module, taus, rows = MODULES["soft_mvp"], [], []
+    update = module.update_masks_open
+    monkeypatch.setattr(module, "update_masks_open", lambda masked, scores, tau: (taus.append(tau), update(masked, scores, tau)))
+    monkeypatch.setattr(module, "sigmoid_penalty", lambda scores: 0 * scores[0].sum() + 1)
+    log = common.Run.log
+    monkeypatch.setattr(common.Run, "log", lambda self, step, loss, penalty, *more: (rows.append(penalty.item()), log(self, step, loss, penalty, *more)))
+    args = module.flags().parse_args(["--data", str(data), "--out", str(tmp_path / "o"), "--device", "cpu", "--preset", "mini", "--steps", "20",
+                                      "--batch_size", "4", "--penalty", "300"])
+    assert module.main(args) == 0
+    ramp = np.array([1 - cubic(t, 20, 0.0, args.t_i, args.t_f) for t in range(20)])
+    np.testing.assert_allclose(taus, [*(0.1 * ramp), 0.1], atol=1e-12)
+    np.testing.assert_allclose(rows, 300 * ramp, rtol=1e-6, atol=1e-6)                                      # lambda_t = lambda_f tau_t / 0.1
+
+
+def test_advice_on_keeping_most(trained):
+    ended, out = trained("magnitude", "squad", 0.97)
+    lines = ended.out.splitlines()
+    assert ended.code == 0 and "did you mean 0.03?" in ended.out and "97" in next(line for line in lines if "did you mean" in line)
+    assert sum("did you mean" in line for line in lines) == 1 and "keeps 97.00% (prunes 3.00%)" in lines[-1]
+    for v in (0.03, 0.1, 1):
+        assert "did you mean" not in trained("magnitude", "squad", v)[0].out
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_teacher(trained, script):
+    _, teacher = trained("magnitude", "squad", 1)
+    before = tree(teacher)
+    ended, out = trained(script, "squad", 0.1, "--teacher", str(teacher))
+    assert ended.code == 0 and ended.err == "" and not same_bytes(out, trained(script, "squad", 0.1)[1])
+    assert tree(teacher) == before
+
+
+def test_distillation_loss():
+    """0.1 CE + 0.9 T^2 KL(teacher || student), T = 2, in numpy; SQuAD averages start and end."""
+    def soft(x):
+        x = np.exp(x / 2 - np.max(x / 2, -1, keepdims=True))
+        return x / x.sum(-1, keepdims=True)
+
+    def kl(teacher, student):
+        return np.mean(np.sum(soft(teacher) * np.log(soft(teacher) / soft(student)), -1))
+    rng = np.random.default_rng(0)
+    s, t, s2, t2 = rng.normal(size=(4, 5, 7)) * 3
+    give = lambda kind, **arrays: lambda **batch: kind(loss=torch.tensor(1.5), **{k: torch.tensor(x) for k, x in arrays.items()})
+    one, two = transformers.modeling_outputs.SequenceClassifierOutput, transformers.modeling_outputs.QuestionAnsweringModelOutput
+    assert abs(common.task_loss(give(one, logits=s), {}, give(one, logits=t)).item() - (0.15 + 0.9 * 4 * kl(t, s))) < 1e-5
+    got = common.task_loss(give(two, start_logits=s, end_logits=s2), {}, give(two, start_logits=t, end_logits=t2)).item()
+    assert abs(got - (0.15 + 0.9 * 4 * (kl(t, s) + kl(t2, s2)) / 2)) < 1e-5
+    assert common.task_loss(give(one, logits=s), {}).item() == 1.5
+
+
+# ---- the same bytes: twice, stopped, killed
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_same_seed_same_bytes_in_another_process(trained, data, script, tmp_path):
+    _, out = trained(script, "squad", 0.1)
+    ended = spawn(ROOT / f"{script}.py", "--task", "squad", "--sparsity", 0.1, "--data", data, "--out", "again", *SHORT, cwd=tmp_path)
+    assert ended.code == 0 and ended.err == "" and RESULT.fullmatch(ended.out.splitlines()[-1])
+    assert same_bytes(out, tmp_path / "again")
+    assert json.loads((out / "result.json").read_text())["metrics"] == json.loads((tmp_path / "again/result.json").read_text())["metrics"]
+    assert not same_bytes(out, trained(script, "squad", 0.1, "--seed", "1")[1])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_stopped_and_resumed(trained, call, data, script, tmp_path):
+    """Ctrl-C says how to go on and exits 130; the run that goes on, from a checkpoint two steps back, ends in the same bytes."""
+    flags = ["--task", "squad", "--sparsity", "0.1", "--data", str(data), "--out", "o", *SHORT]
+    ended = call(script, *flags, cwd=tmp_path, interrupt=8)
+    assert ended.code == 130 and "Traceback" not in ended.err and f"{script}.py" in ended.err and "--resume" in ended.err
+    assert (tmp_path / "o/checkpoint.pt").exists() and not (tmp_path / "o/result.json").exists()
+    ended = call(script, *flags, "--resume", cwd=tmp_path, interrupt=11)
+    assert ended.code == 130 and "going on from step 6" in ended.out
+    ended = call(script, *flags, "--resume", cwd=tmp_path)
+    assert ended.code == 0 and "going on from step 9" in ended.out and RESULT.fullmatch(ended.out.splitlines()[-1])
+    assert same_bytes(tmp_path / "o", trained(script, "squad", 0.1)[1])
+    steps = [row["step"] for row in map(json.loads, (tmp_path / "o/log.jsonl").read_text().splitlines()) if "step" in row]
+    assert steps == sorted(set(steps)) and steps[-1] == 12
+    before = tree(tmp_path)
+    again = call(script, *flags, "--resume", cwd=tmp_path)                                                   # finished: says so once more
+    assert again.code == 0 and again.out.splitlines()[-1] == ended.out.splitlines()[-1] and tree(tmp_path) == before
+
+
+# Runs a script with a checkpoint at every step; at the n-th checkpoint's sync the file is cut in half and the process killed.
+KILLER = r'''
+import os, runpy, signal, sys
+import common
+
+n, checkpoint, fsync, written = int(sys.argv[1]), common.Run.checkpoint, os.fsync, []
+
+
+def every_step(self, step, **parts):
+    self.next_write = 0.0
+    checkpoint(self, step, **parts)
+
+
+def cut_and_die(fd):
+    if "checkpoint" in os.readlink(f"/proc/self/fd/{fd}"):
+        written.append(fd)
+        if len(written) == n:
+            os.ftruncate(fd, os.fstat(fd).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+    fsync(fd)
+
+
+common.Run.checkpoint, os.fsync = every_step, cut_and_die
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+'''
+
+
+def test_killed_and_resumed(call, data, tmp_path):
+    """SIGKILL in the middle of the first checkpoint, in the middle of the third, at a random moment; then the run's own end."""
+    flags = ["--task", "squad", "--sparsity", "0.1", "--data", str(data), "--out", "o", "--steps", "60", "--batch_size", "4"]
+    script, out = str(ROOT / "soft_mvp.py"), tmp_path / "o"
+    assert call("soft_mvp", *flags[:-6], "--out", "whole", *flags[-4:], cwd=tmp_path).code == 0
+    first = spawn("-c", KILLER, 1, script, *flags, cwd=tmp_path)
+    assert first.code == -signal.SIGKILL and not (out / "checkpoint.pt").exists() and not (out / "result.json").exists()
+    second = spawn("-c", KILLER, 3, script, *flags, "--resume", cwd=tmp_path)
+    assert second.code == -signal.SIGKILL and "starts again from step 0" in second.out
+    good = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert good["step"] == 2                                                        # the third was cut: the second still stands
+    third = subprocess.Popen([sys.executable, "-c", KILLER, "0", script, *flags, "--resume"], cwd=tmp_path, env=ENV, stdout=subprocess.PIPE, text=True)
+    line = next(line for line in third.stdout if "going on" in line)
+    time.sleep(random.Random(0).uniform(0.05, 0.4))
+    third.kill()
+    third.communicate()
+    assert line == "going on from step 2\n" and third.returncode == -signal.SIGKILL
+    last = call("soft_mvp", *flags, "--resume", cwd=tmp_path)
+    assert last.code == 0 and "going on from step" in last.out and RESULT.fullmatch(last.out.splitlines()[-1])
+    assert same_bytes(out, tmp_path / "whole")
+    assert not [f.name for f in out.iterdir() if f.name.endswith((".part", ".pt"))]
+    steps = [row["step"] for row in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "step" in row]
+    assert steps == sorted(set(steps)), "log.jsonl holds the lines of the run that was killed before its first checkpoint as well"
+
+
+def test_disk_full(call, data, tmp_path):
+    """Files of over a megabyte cannot be written: the first checkpoint stays what it was, and one sentence says so."""
+    flags = ["--data", str(data), "--out", "o", *SHORT]
+    assert call("mvp", *flags, cwd=tmp_path, interrupt=6).code == 130
+    before = (tmp_path / "o/checkpoint.pt").read_bytes()
+    for more in (dict(interrupt=10), {}):                                           # at the next checkpoint; at the end, saving the model
+        ended = call("mvp", *flags, "--resume", cwd=tmp_path, largest=1_000_000, **more)
+        assert "full" in one_sentence(ended) and "--resume" in ended.err
+        assert (tmp_path / "o/checkpoint.pt").read_bytes() == before and not (tmp_path / "o/checkpoint.pt.part").exists()
+    assert call("mvp", *flags, "--resume", cwd=tmp_path).code == 0
+
+
+# ---- two processes
+
+SPY = r'''
+import hashlib, os, runpy, sys, time
+import common
+
+replace, say = os.replace, common.Run.say
+
+
+def slow_replace(part, path):                           # rank 0 is slow to make its files whole ...
+    time.sleep(1.0 if str(path).endswith("log.jsonl") else 0)
+    replace(part, path)
+
+
+def late(self, text):                                   # ... while rank 1 looks into --out at the worst moment
+    time.sleep(0.5)
+    common.Run.say = say
+
+
+if os.environ["RANK"] == "0":
+    os.replace = slow_replace
+else:
+    common.Run.say = late
+
+prunable, log, seen = common.prunable, common.Run.log, {}
+
+
+def spied_prunable(model):
+    seen["weights"] = prunable(model)
+    return seen["weights"]
+
+
+def spied_log(self, step, *more):
+    masks = b"".join((m.weight != 0).detach().numpy().tobytes() for m in seen["weights"].values())
+    with open(f"masks{self.rank}", "a") as f:
+        print(step, hashlib.sha1(masks).hexdigest(), file=f)
+    log(self, step, *more)
+
+
+common.prunable, common.Run.log = spied_prunable, spied_log
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+'''
+
+
+def moved(folder):
+    """How far the encoder's biases and LayerNorms, which nobody prunes, are from where mini/bert has them: one long vector."""
+    before, after = (safetensors.torch.load_file(Path(f) / "model.safetensors") for f in (ROOT / "mini/bert", folder))
+    return torch.cat([after[k] - before[k] for k in sorted(after) if ".encoder.layer." in k and after[k].ndim == 1]).double()
+
+
+def cosine(a, b):
+    return float(a @ b / (a.norm() * b.norm()))
+
+
+@pytest.mark.parametrize("script", [SCRIPTS[0], SCRIPTS[-1]])
+def test_two_processes(trained, data, script, tmp_path):
+    """torchrun on two gloo processes: one RESULT, the same kept, the same masks on both at every step, and about those of one process."""
+    (tmp_path / "spy.py").write_text(SPY)
+    ended = spawn("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "spy.py", ROOT / f"{script}.py", "--task", "squad",
+                  "--sparsity", 0.1, "--data", data, "--out", "o", *SHORT, cwd=tmp_path)
+    assert ended.code == 0 and "Traceback" not in ended.err, ended
+    results = [line for line in ended.out.splitlines() if line.startswith("RESULT")]
+    assert len(results) == 1 and sum(line.startswith(f"{script} squad") for line in ended.out.splitlines()) == 1
+    _, alone = trained(script, "squad", 0.1)
+    assert nonzero(tmp_path / "o") == nonzero(alone)
+    both = [(tmp_path / f"masks{rank}").read_text() for rank in (0, 1)]
+    assert both[0] == both[1] and both[0].count("\n") == 12 and len(set(both[0].split()[1::2])) > 3
+    # the same global batch, its gradient averaged: biases and LayerNorms move as in one process, and not as with other batches
+    assert cosine(moved(tmp_path / "o"), moved(alone)) > 0.9 > 0.5 > cosine(moved(trained(script, "squad", 0.1, "--seed", "1")[1]), moved(alone))
+
+
+def test_a_batch_that_cannot_be_split(data, tmp_path):
+    ended = spawn("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "mvp.py", "--data", data, "--out", "o", "--batch_size", 7,
+                  "--steps", 2, cwd=tmp_path)
+    assert ended.code != 0 and "--batch_size 7 cannot be split over 2 processes" in ended.err and not (tmp_path / "o").exists()
+
+
+# ---- mistakes
+
+WRONG_FLAGS = {
+    "unknown task": ["--task", "squat"], "task without a value": ["--task"],
+    **{f"V of {v}": ["--sparsity", v] for v in ("0", "-1", "2", "1.0001", "nan", "inf", "three", "3%", "")},
+    **{f"steps {n}": ["--steps", n] for n in ("0", "-3", "1.5", "many")},
+    **{f"batch {n}": ["--batch_size", n] for n in ("0", "-8", "8.5")},
+    **{f"lr {x}": ["--lr", x] for x in ("-0.5", "0", "nan", "inf", "fast")},
+    "seed -1": ["--seed", "-1"], "seed x": ["--seed", "x"],
+    **{f"device {d}": ["--device", d] for d in ("abacus", "cuda:99", "cpu:x", "meta")},
+    "preset": ["--preset", "maxi"], "unknown flag": ["--sparsety", "0.1"], "abbreviated flag": ["--spars", "0.1"], "stray word": ["squad"],
+}
+OWN_FLAGS = {"--scope": ["everywhere"], "--score_lr": ["-1", "0", "nan"], "--penalty": ["-1", "nan", "inf", "much"]}
+
+
+@pytest.fixture
+def nothing_written(tmp_path):
+    """The folder to run in; afterwards its files must be what they were."""
+    (tmp_path / "mine.txt").write_text("mine")
+    yield tmp_path
+    found = tree(tmp_path)
+    assert found.pop("mine.txt") == b"mine" and found == {}, f"written in spite of the mistake: {sorted(found)}"
+
+
+@pytest.mark.parametrize("name", WRONG_FLAGS)
+def test_wrong_flag(call, data, nothing_written, name):
+    flags = WRONG_FLAGS[name]
+    error = one_sentence(call("magnitude", "--data", data, "--out", "o", *SHORT, *flags, cwd=nothing_written))
+    assert flags[0] in error and (len(flags) < 2 or flags[1] in error)                                   # it names what is wrong
+
+
+@pytest.mark.parametrize("script, flag, value", [(s, f, v) for s in SCRIPTS for f in OWN_FLAGS for v in OWN_FLAGS[f] if has(s, f)])
+def test_wrong_flag_of_its_own(call, data, nothing_written, script, flag, value):
+    error = one_sentence(call(script, "--data", data, "--out", "o", *SHORT, flag, value, cwd=nothing_written))
+    assert flag in error and value in error
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_mistakes_of_every_script(call, nothing_written, script):
+    """The few of them that every script answers alike, for the frame leaves no other way."""
+    for flags, names in ((["--sparsity", "97"], "--sparsity"), (["--data", "nowhere"], "nowhere"), (["--resume", "--out", "nowhere"], "nowhere")):
+        error = one_sentence(call(script, *flags, *SHORT, cwd=nothing_written))
+        assert names in error and error.startswith(f"{script}.py: ")
+
+
+@pytest.mark.parametrize("task, file", [("squad", "squad/train-v1.1.json"), ("mnli", "glue/MNLI/train.tsv"), ("tsv", "tsv/train.tsv")])
+def test_data_that_is_not_there(call, nothing_written, task, file):
+    assert f"nowhere/{file}" in one_sentence(call("mvp", "--task", task, "--data", "nowhere", "--out", "o", *SHORT, cwd=nothing_written))
+    assert "mine.txt" in one_sentence(call("mvp", "--task", task, "--data", "mine.txt", "--out", "o", *SHORT, cwd=nothing_written))
+
+
+@pytest.mark.parametrize("task", ["cola", "sst2", "mrpc", "stsb", "qnli", "rte", "tsv"])
+def test_tasks_that_mini_does_not_hold(call, nothing_written, task):
+    error = one_sentence(call("mvp", "--task", task, "--out", "o", *SHORT, cwd=nothing_written))
+    assert task in error and "mini" in error and "--data" in error
+
+
+def test_paper_preset_without_network(call, data, nothing_written):
+    for flags, names in ((["--data", "d"], "dev-v1.1.json"), (["--task", "mrpc", "--data", "d"], "msr_paraphrase_train.txt"),
+                         (["--data", str(data)], "bert-base-uncased")):
+        error = one_sentence(call("soft_mvp", "--preset", "paper", "--out", "o", "--device", "cpu", *flags, *SHORT, cwd=nothing_written))
+        assert names in error and "--preset mini" in error
+
+
+def model_folders(folder):
+    """Folders that are no BERT, each in its own way, made from mini's."""
+    bert = ROOT / "mini/bert"
+
+    def copy(name):
+        shutil.copytree(bert, folder / name)
+        return folder / name
+    (folder / "empty").mkdir()
+    (copy("no config") / "config.json").unlink()
+    (copy("config cut short") / "config.json").write_text((bert / "config.json").read_text()[:50])
+    (copy("config a list") / "config.json").write_text("[]")
+    (copy("no weights") / "model.safetensors").unlink()
+    (copy("weights cut short") / "model.safetensors").write_bytes((bert / "model.safetensors").read_bytes()[:100_000])
+    (copy("weights of text") / "model.safetensors").write_text("weights " * 1000)
+    for file in ("tokenizer.json", "vocab.txt"):
+        (folder / "no tokenizer" if file == "vocab.txt" else copy("no tokenizer")).joinpath(file).unlink(missing_ok=True)
+    (copy("tokenizer broken") / "tokenizer.json").write_text("{")
+    other = json.loads((bert / "config.json").read_text()) | {"model_type": "distilbert", "architectures": ["DistilBertModel"]}
+    (copy("distilbert") / "config.json").write_text(json.dumps(other))
+    wider = json.loads((bert / "config.json").read_text()) | {"intermediate_size": 640}
+    (copy("config of another size") / "config.json").write_text(json.dumps(wider))
+    tensors = safetensors.torch.load_file(bert / "model.safetensors")
+    part = {k: v for k, v in tensors.items() if ".layer.1." not in k}
+    assert 0 < len(part) < len(tensors)
+    safetensors.torch.save_file(part, copy("a layer missing") / "model.safetensors", metadata={"format": "pt"})
+
+
+BROKEN = ["empty", "no config", "config cut short", "config a list", "no weights", "weights cut short", "weights of text", "no tokenizer",
+          "tokenizer broken", "distilbert", "config of another size", "a layer missing", "nowhere", "no/such-model", "a file"]
+
+
+@pytest.fixture(scope="session")
+def broken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    model_folders(folder)
+    (folder / "a file").write_text("file")
+    return folder
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_model_that_is_none(call, data, broken, nothing_written, name):
+    model = broken / name if name != "no/such-model" else name
+    error = one_sentence(call("magnitude", "--model", model, "--data", data, "--out", "o", *SHORT, cwd=nothing_written))
+    assert str(model) in error and ("distilbert" in error) == (name == "distilbert")
+
+
+def test_teacher_that_is_none(call, trained, data, nothing_written):
+    mnli, qqp = trained("magnitude", "mnli", 0.1)[1], trained("magnitude", "qqp", 0.03)[1]
+    for task, teacher in (("squad", "nowhere"), ("squad", mnli), ("squad", ROOT / "mini/bert"), ("mnli", qqp), ("qqp", mnli), ("mnli", ROOT / "mini/bert")):
+        error = one_sentence(call("mvp", "--task", task, "--teacher", teacher, "--data", data, "--out", "o", *SHORT, cwd=nothing_written))
+        assert str(teacher) in error
+
+
+def test_out_that_cannot_be(call, data, nothing_written):
+    for out in ("mine.txt", "mine.txt/below", "/proc/here", "."):
+        error = one_sentence(call("mvp", "--data", data, "--out", out, *SHORT, cwd=nothing_written))
+        assert out in error and "--out" in error
+
+
+def test_out_that_is_the_model_or_the_teacher(call, trained, data, tmp_path):
+    shutil.copytree(trained("magnitude", "squad", 1)[1], tmp_path / "dense")
+    before = tree(tmp_path)
+    for flag in ("--model", "--teacher"):
+        error = one_sentence(call("mvp", "--data", data, flag, "dense", "--out", tmp_path / "dense", *SHORT, cwd=tmp_path))
+        assert flag in error and tree(tmp_path) == before
+
+
+def test_a_mistake_leaves_the_run_that_is_there_alone(call, data, tmp_path):
+    """A second command with the same --out and a mistake in it must not cost the first run's checkpoint."""
+    flags = ["--data", str(data), "--out", "o", *SHORT]
+    assert call("mvp", *flags, cwd=tmp_path, interrupt=8).code == 130
+    before = tree(tmp_path)
+    for wrong in (["--data", "nowhere"], ["--model", "nowhere"], ["--teacher", "nowhere"], ["--task", "tsv"]):
+        one_sentence(call("mvp", *flags, *wrong, cwd=tmp_path))
+        assert tree(tmp_path) == before, f"{wrong} changed {[f for f in before if tree(tmp_path).get(f) != before[f]]}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_resume_with_other_flags(call, data, script, tmp_path):
+    flags = ["--data", str(data), "--out", "o", *SHORT]
+    assert call(script, *flags, cwd=tmp_path, interrupt=4).code == 130
+    before = tree(tmp_path)
+    for other in (["--seed", "1"], ["--lr", "1e-5"], ["--sparsity", "0.5"], ["--task", "qqp"], ["--steps", "13"], ["--batch_size", "4"]):
+        error = one_sentence(call(script, *flags, *other, "--resume", cwd=tmp_path))
+        assert other[0] in error and tree(tmp_path) == before
+
+
+def test_resume_with_nothing(call, data, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/letter.txt").write_text("Dear")
+    for out in ("nowhere", "empty", "other"):
+        error = one_sentence(call("mvp", "--data", data, "--out", out, "--resume", *SHORT, cwd=tmp_path))
+        assert out in error and "--resume" in error and tree(tmp_path) == {"other/letter.txt": b"Dear"}
+    assert "other" in one_sentence(call("mvp", "--data", data, "--out", "other", *SHORT, cwd=tmp_path))      # nor a new run among its files
+    assert tree(tmp_path) == {"other/letter.txt": b"Dear"}
+
+
+def test_a_loss_that_is_not_finite(call, data, tmp_path):
+    error = one_sentence(call("magnitude", "--data", data, "--out", "o", "--lr", "1e30", *SHORT, cwd=tmp_path))
+    assert "--lr" in error and ("nan" in error or "inf" in error)
+    assert not (tmp_path / "o/result.json").exists()
