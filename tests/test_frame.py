@@ -77,7 +77,7 @@ def test_the_frame_is_the_same(name):
 
 @pytest.mark.parametrize("old, new", [
     ("optimizer.step()", "optimizer.step( )"), ("    run.log(", "    run .log("), ('metavar="DIR"', 'metavar="FOLDER"'),
-    ("eps=1e-8", "eps=1e-6"), ("# <method: penalty>", "# <method: punishment>"), ("        # <method: after step>\n", ""),
+    ("eps=1e-8", "eps=1e-6"), ("# <method: penalty>", "# <method: punishment>"),
     ("# ---- run", "# ---- the run"), ("    # </method>\n    return p", "    # </method>\n\n    return p"), ("import common\n", "import common, os\n")])
 def test_the_frame_test_can_fail(old, new):
     """Each of these edits of one script is noticed; edits inside the marks and of the module docstring are not."""
