@@ -312,9 +312,15 @@ def load_bert(run, task, name=None):
         kind, labels = AutoModelForSequenceClassification, dict(enumerate(task.labels or ["score"]))
         options = dict(id2label=labels, label2id={x: i for i, x in labels.items()}, problem_type=None if task.labels else "regression")
     with loading(name or run.args.model):
+        config = AutoConfig.from_pretrained(name or run.args.model)         # a folder of ours names its task; labels may be in another order
+        taught, theirs = getattr(config, "finetuning_task", task.name), [str(config.id2label[i]).lower() for i in sorted(config.id2label)]
+        demand(not name or taught == task.name, f"--teacher {name} was fine-tuned on {taught}, not on {task.name}: give one of this task")
+        demand(not name or sorted(theirs) != sorted(task.labels or [0]) or theirs == task.labels, f"--teacher {name} has its labels in the order "
+               f"{', '.join(theirs)}, not {', '.join(task.labels or [])}: give one with this order")
         model, info = kind.from_pretrained(name or run.args.model, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     lacking = sorted(k for k in {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])} if name or not k.startswith(heads))
     demand(not lacking, f"{name or run.args.model} has no {(lacking or [''])[0]} that fits: give a {f'model fine-tuned on {task.name}' if name else 'BERT'}")
+    model.config.finetuning_task = task.name
     model.bert.embeddings.requires_grad_(False)         # as the movement paper does while it prunes; so do all six, the dense runs too
     return model.to(run.device).train()
 

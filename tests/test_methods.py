@@ -210,6 +210,9 @@ def test_local_masks(module, v, name):
 def test_global_masks(module, v, name):
     scores = score_sets()[name]
     flat = np.concatenate([s.astype(np.float32).reshape(-1) for s in scores])
+    if hasattr(module, "floor"):                            # soft movement: the best 0.5 % of each matrix rank before all others
+        first = [brute_top_v(s.astype(np.float32), min(v, (int(0.005 * s.size) + 1) / s.size)) if v < 1 else np.zeros(s.shape, bool) for s in scores]
+        flat = np.where(np.concatenate([f.reshape(-1) for f in first]), np.inf, flat)
     masks = masks_of(module, scores, v, "global")
     assert sum(m.sum() for m in masks) == max(1, round(v * flat.size))
     assert np.array_equal(np.concatenate([m.reshape(-1) for m in masks]), brute_top_v(flat, v))
@@ -416,3 +419,30 @@ def test_the_ramp(module):
         ramp = 1 - module.schedule(t, T, 0.0, t_i, t_f)
         tau = 0.0 if t <= 20 else 0.1 if t > 160 else 0.1 + (0.0 - 0.1) * (1 - (t - 20) / (200 - 20 - 40)) ** 3
         assert abs(0.1 * ramp - tau) < 1e-12, t
+
+
+@pytest.mark.parametrize("module", having("steer"))
+@pytest.mark.parametrize("v_later, factor", [(0.25, 1.0), (0.3125, 0.8 ** 0.5), (0.2, 1.25 ** 0.5), (0.9, 0.6 ** 0.5), (0.05, 1.6 ** 0.5)])
+def test_steer_looks_ahead(module, v_later, factor):
+    """All of 4 scores are above the threshold now, but in 60 steps, going on as in the last 10, one in four will be."""
+    tau = 0.1                                                                       # S > -2.197
+    before = torch.tensor([[0.0, 0.0], [0.0, 5.0]])
+    now = torch.tensor([[-0.5, -0.4], [-0.3, 5.0]])                                 # in 60 steps: -3.5, -2.8, -2.1, 5
+    now[1, 0] = -0.32                                                               # ... -2.24: three of four fall
+    state = {"lambda": 7.0}
+    module.steer(state, [before], tau, v_later, every=10, ahead=60)
+    assert state["lambda"] == 7.0                                                   # nothing to compare with yet
+    module.steer(state, [now], tau, v_later, every=10, ahead=60)
+    assert np.isclose(state["lambda"], 7.0 * factor, rtol=1e-6)
+    module.steer(state, [now], tau, 1.0, every=10, ahead=60)                        # standing still: all four will be kept
+    assert np.isclose(state["lambda"], 7.0 * factor, rtol=1e-6)
+
+
+@pytest.mark.parametrize("module", having("floor", "update_masks"))
+def test_every_matrix_keeps_its_floor(module):
+    """A matrix whose scores are all the worst keeps int(0.005 n) + 1 = 6 of 1,000, and the total is exact all the same."""
+    scores = [torch.randn(20, 50) - 100.0, torch.randn(40, 50)]
+    held = [SimpleNamespace(mask=torch.zeros_like(s)) for s in scores]
+    module.update_masks(held, scores, 0.03)
+    assert held[0].mask.sum() == 6 and held[1].mask.sum() == 84                      # 90 of 3,000
+    assert held[0].mask[scores[0] >= scores[0].flatten().sort().values[-6]].all()
