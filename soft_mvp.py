@@ -136,28 +136,34 @@ def update_masks_open(masked, scores, tau):
 
 @torch.no_grad()
 def update_masks(masked, scores, v):
-    """The same with the one tau at which exactly round(v n) of all n scores are kept, floors included (less for V under 0.5 %)."""
+    """M = (S > tau) with the one tau at which exactly round(v n) of all n scores are kept, floors included (less for V under 0.5 %)."""
+    def top(scores):
+        # all scores in one row, (n,), ranked, and cut up again
+        return top_v(torch.cat([s.flatten() for s in scores]), v).split([s.numel() for s in scores])
+
     if v == 1:
         return [m.mask.fill_(1.0) for m in masked]
-    first = [s.masked_fill(top_v(s, min(v, floor(s) / s.numel())), torch.inf) for s in scores]      # the floors rank before all
-    masks = top_v(torch.cat([s.flatten() for s in first]), v).split([s.numel() for s in first])
+    masks = top(scores)
+    if any(int(mask.sum()) < floor(s) for mask, s in zip(masks, scores)):          # then the floors rank before all others
+        masks = top([s.masked_fill(top_v(s, min(v, floor(s) / s.numel())), torch.inf) for s in scores])
     for m, mask in zip(masked, masks):
         m.mask.copy_(mask.view_as(m.mask))
 
 
 @torch.no_grad()
-def steer(state, scores, tau_later, v_later, every, ahead):
-    """Raise or lower state["lambda"] by what the scores will keep `ahead` steps from now if they go on as in the last `every`.
+def steer(state, scores, tau_later, v_later, lr, every, ahead):
+    """Raise or lower state["lambda"] by what tau_later would keep `ahead` steps from now if the scores go on as in the last `every`.
 
     A score takes some 220 steps at lr 1e-2 from 0 to the threshold: a lambda steered by what is kept NOW has long overshot when
     it shows. So: S_later = S + ahead * dS/dt, and lambda grows by the square root of (share above tau_later) / v_later."""
     flat = torch.cat([s.flatten() for s in scores])                                     # (n,)
     flat = flat[::max(1, len(flat) // 1_000_000)]                                       # a million of them will do
     if "before" in state:
-        # (n,): S at t + ahead
-        later = flat + ahead / every * (flat - state["before"])
-        excess = (torch.sigmoid(later) > tau_later).float().mean().item() / v_later
-        state["lambda"] *= min(max(excess, 0.6), 1.6) ** 0.5                            # at most 28 % up or 23 % down at once
+        speed = (flat - state["before"]) / every                                        # dS/dt; Adam allows about lr
+        excess = (torch.sigmoid(flat + ahead * speed) > tau_later).float().mean().item() / v_later
+        # Where the scores fall already at half of what Adam allows, more lambda would only drown the loss's own push on them.
+        if excess < 1 or speed.mean().item() > -0.5 * lr:
+            state["lambda"] *= min(max(excess, 0.6), 1.6) ** 0.5                        # at most 28 % up or 23 % down at once
     state["before"] = flat
 
 
@@ -236,14 +242,14 @@ def main(args):
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
         # lambda_t / lambda_f and tau / 0.1 ramp from 0 to 1 with the cubic with which v falls.
         ramp = 1 - schedule(step, args.steps, 0.0, args.t_i, args.t_f)
-        if args.penalty is None and v in (1, args.sparsity):                    # warm-up and cool-down: v rests and is met exactly
+        if args.penalty is None:
             update_masks(masked, scores, v)
         else:
             update_masks_open(masked, scores, 0.1 * ramp)
+            v = None                                                            # the open loop has no goal
         if args.penalty is None and args.sparsity < v < 1 and step % 10 == 0:
             later = schedule(step + 60, args.steps, 0.0, args.t_i, args.t_f)
-            steer(state, scores, 0.1 * (1 - later), args.sparsity + (1 - args.sparsity) * later, every=10, ahead=60)
-        v = v if args.penalty is None else None                                 # the open loop has no goal
+            steer(state, scores, 0.1 * (1 - later), args.sparsity + (1 - args.sparsity) * later, args.score_lr * factor, every=10, ahead=60)
         # </method>
 
         # Cross-entropy, or with a teacher 0.1 of it + 0.9 T^2 KL; in bf16 on a GPU.
