@@ -421,33 +421,6 @@ def test_the_ramp(module):
         assert abs(0.1 * ramp - tau) < 1e-12, t
 
 
-@pytest.mark.parametrize("module", having("steer"))
-@pytest.mark.parametrize("v_later, factor", [(0.25, 1.0), (0.3125, 0.8 ** 0.5), (0.2, 1.25 ** 0.5), (0.9, 0.6 ** 0.5), (0.05, 1.6 ** 0.5)])
-def test_steer_looks_ahead(module, v_later, factor):
-    """All of 4 scores are above the threshold now, but in 60 steps, going on as in the last 10, one in four will be."""
-    tau = 0.1                                                                       # S > -2.197
-    before = torch.tensor([[0.0, 0.0], [0.0, 5.0]])
-    now = torch.tensor([[-0.5, -0.4], [-0.3, 5.0]])                                 # in 60 steps: -3.5, -2.8, -2.1, 5
-    now[1, 0] = -0.32                                                               # ... -2.24: three of four fall
-    state = {"lambda": 7.0}
-    module.steer(state, [before], tau, v_later, lr=1.0, every=10, ahead=60)
-    assert state["lambda"] == 7.0                                                   # nothing to compare with yet
-    module.steer(state, [now], tau, v_later, lr=1.0, every=10, ahead=60)
-    assert np.isclose(state["lambda"], 7.0 * factor, rtol=1e-6)
-    module.steer(state, [now], tau, 1.0, lr=1.0, every=10, ahead=60)                        # standing still: all four will be kept
-    assert np.isclose(state["lambda"], 7.0 * factor, rtol=1e-6)
-
-
-@pytest.mark.parametrize("module", having("steer"))
-def test_steer_does_not_wind_up(module):
-    """Scores that fall as fast as half the learning rate get no larger lambda, however far the goal is; a smaller one they do."""
-    for lr, v_later, factor in ((0.01, 0.01, 1.0), (0.05, 0.01, 1.6 ** 0.5), (0.01, 1.0, 1.0), (0.01, 2.0, 0.6 ** 0.5)):
-        state = {"lambda": 7.0}
-        module.steer(state, [torch.zeros(100)], 0.0001, v_later, lr=lr, every=10, ahead=60)
-        module.steer(state, [torch.full((100,), -0.08)], 0.0001, v_later, lr=lr, every=10, ahead=60)     # -0.008 a step
-        assert np.isclose(state["lambda"], 7.0 * factor, rtol=1e-6), (lr, v_later)
-
-
 @pytest.mark.parametrize("module", having("floor", "update_masks"))
 def test_every_matrix_keeps_its_floor(module):
     """A matrix whose scores are all the worst keeps int(0.005 n) + 1 = 6 of 1,000, and the total is exact all the same."""
