@@ -3,7 +3,10 @@
 Zhu and Gupta 2017 (arXiv 1710.01878), as in Sanh, Wolf and Rush 2020 (arXiv 2005.07683, eq. 5). Official code:
 huggingface/transformers-research-projects, movement-pruning, at fccd0cdab0.
 
-Result     @@RESULT@@
+Result     3.00 % kept, EM 21.7 F1 25.3 on the embedded squad (dense 99.4; 1 seed, 1,000 steps); accuracy
+           66.1, 66.5 on SST-2 with a 6-layer MiniLM (dense 87.0, 86.8; seeds 0, 1; 1,200 steps). Two CPU cores,
+           torch 2.13.0, transformers 5.23.0; commands in README. The paper, BERT-base,
+           SQuAD at 3 %: EM 40.1 F1 54.5 (dense F1 88.1).
 
 Idea       Fine-tune, and at every step let the network compute with its largest weights only:
                M  = Top_v(|W|)                    1 for the v largest |w|, else 0
@@ -27,7 +30,7 @@ prunes); exactly round(v n) weights are kept, ties included. The paper's text le
 this file, do not. Embeddings are frozen, as there; here in the dense run too.
 Left out: the counting of biases and LayerNorm as kept (the official 3.14 % is 3.00 % here).
 
-Run        python magnitude.py                                                       embedded BERT and data, CPU, about @@TIME@@
+Run        python magnitude.py                                                       embedded BERT and data, CPU, about two minutes
            python magnitude.py --sparsity 1                                          dense: the baseline and the teacher
            torchrun --standalone --nproc_per_node=2 magnitude.py --preset paper      bert-base-uncased, the whole of SQuAD
            The last line printed: RESULT magnitude squad keeps 3.00% (prunes 97.00%) EM .. F1 .. | steps, seconds, seed | folder

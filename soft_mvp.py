@@ -1,33 +1,37 @@
 """Soft movement pruning of BERT, in one file.
 
 Sanh, Wolf and Rush 2020, arXiv 2005.07683, section 4 ("soft movement pruning"). Official code:
-huggingface/transformers-research-projects, movement-pruning, at fccd0cdab0 (the mask "sigmoied_threshold", regularisation "l1").
+huggingface/transformers-research-projects, movement-pruning, at fccd0cdab0 (mask "sigmoied_threshold", regularisation "l1").
 
-Result     @@RESULT@@
+Result     3.00 % kept, EM 87.7 F1 88.6 on the embedded squad (dense 99.4; 1 seed, 1,000 steps); accuracy
+           81.0, 81.0 on SST-2 with a 6-layer MiniLM (dense 87.0, 86.8; seeds 0, 1; 1,200 steps). Two CPU cores,
+           torch 2.13.0, transformers 5.23.0; commands in README. The paper, BERT-base,
+           SQuAD at 3 %: EM 69.6 F1 79.9 (dense F1 88.1).
 
-Idea       Scores S learned straight through, as in mvp.py, but one threshold tau for all matrices instead of a rank in
-           each, so that every matrix finds its own density, and a penalty that presses all scores down:
-               M  = (S > tau)
+Idea       Scores S learned straight through, as in mvp.py, but one threshold for all matrices instead of a rank in each, so
+           that every matrix finds its own density, and a penalty that presses all scores down:
+               M  = (sigmoid(S) > tau_t)
                minimise  L + lambda_t * mean over matrices of mean of sigmoid(S)
-           lambda_t climbs from 0 to lambda_f with the same cubic with which v falls.
-           In the paper tau is given (sigmoid(S) > 0.1 in the end), so what is kept follows from lambda, which
-           is turned by hand until it fits: 1400 kept 2.6 % of BERT-base on SQuAD, 500 kept 13.9 %. Here what is kept
-           is given, v_t, and tau follows: at each step the one value above which exactly v_t of all scores lie.
+           lambda_t climbs from 0 to lambda_f on the cubic with which v falls. In the paper tau is given (0.1 in the end), what
+           is kept follows from lambda, and lambda is turned by hand, run after run, until it fits: on SQuAD 1400 kept
+           2.6 %, 500 kept 13.9 %. Here what is kept is given and tau follows: at every step it is the one value above which
+           exactly v_t of all scores lie. lambda_f only has to be large enough: with 0 a run fell to chance (below).
 
 Symbols    weight      W           (out, in)   one of six matrices a layer
            scores      S           (out, in)   importance, 0 at the start, learned at --score_lr
            mask        M           (out, in)   0 or 1
-           tau         tau         the threshold, one for the whole network
-           lambda_f    lambda_mvp  the penalty's weight in the end; ramp: lambda_t / lambda_f
+           tau         tau         the threshold on sigmoid(S), one for the whole network
+           lambda_f    lambda_mvp  weight of the penalty in the end; ramp: lambda_t / lambda_f
            v           v_t         share kept
 
-Unlike mvp.py: one threshold for all matrices and the penalty on the scores.
+Unlike mvp.py: one threshold for all matrices, and the penalty on the scores.
+Differs from the paper: tau is solved for (--penalty LAMBDA is the paper's open loop: tau on its schedule to 0.1, and what is kept is
+what comes out). The floor of 0.5 % a matrix is the official code's.
+Chosen by measurement at 3 % kept, seed 0, against steering lambda by where the scores will be in 60 steps. SST-2 (1,200 steps): lambda_f 0
+gave 50.9, 163 gave 79.6, 1000 81.0; the paper's tau with lambda steered, tau solved in the cool-down alone, 79.8. Embedded squad, F1: lambda_f
+1000 88.6; steered, with tau solved in the cool-down alone 73.6, at every step 82.9. (The steered versions stand in the history.)
 
-Differs from the paper: tau is found from --sparsity (above). lambda_f is the one with which the authors' SQuAD runs ended at this share,
-interpolated in their run sheet and scaled by the number of weights. @@CHOICE@@
---penalty LAMBDA is the paper's open loop: tau on its schedule from 0 to 0.1, a floor of 0.5 % a matrix, what is kept is what comes out.
-
-Run        python soft_mvp.py --task squad --sparsity 0.03                           embedded BERT and data, CPU, about @@TIME@@
+Run        python soft_mvp.py --task squad --sparsity 0.03                           embedded BERT and data, CPU, about two minutes
            python soft_mvp.py --teacher out/magnitude-squad-1-s0                     distilled from magnitude.py --sparsity 1
            torchrun --standalone --nproc_per_node=2 soft_mvp.py --preset paper       bert-base-uncased, the whole of SQuAD
            The last line printed: RESULT soft_mvp squad keeps 3.00% (prunes 97.00%) EM .. F1 .. | steps, seconds, seed | folder
