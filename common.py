@@ -384,6 +384,7 @@ def report(run, task, model, goal):
                   device=str(run.device), args=vars(args), line=line, versions=dict(
                       python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, numpy=np.__version__))
     write_whole(run.out / "result.json", json.dumps(result, indent=1) + "\n")
-    (run.out / "checkpoint.pt").unlink(missing_ok=True)
+    for old in ("checkpoint.pt", "checkpoint.pt.part"):         # .part: of a run killed while it wrote
+        (run.out / old).unlink(missing_ok=True)
     run.say(line)
     return 3 if missed else 0
