@@ -25,7 +25,6 @@ Run        python mini/make.py                everything (the committed model is
            python mini/make.py --data_only    the data alone, the same byte for byte for the same seed: seconds
 """
 import argparse
-import csv
 import json
 import os
 import re

@@ -238,6 +238,15 @@ def masked_loss(W, M, x, t):
     return 0.5 * np.sum((x @ (W * M).T - t) ** 2)
 
 
+def slopes(f, x, h=1e-6):
+    """(index, df/dx there) for each element of x, by central differences."""
+    for i in np.ndindex(x.shape):
+        up, down = x.copy(), x.copy()
+        up[i] += h
+        down[i] -= h
+        yield i, (f(up) - f(down)) / (2 * h)
+
+
 def layer_of(module, p):
     """A Linear in float64 with the script's own parametrization, its mask set to M and its scores, if it has any, to S."""
     layer = nn.Linear(*p["W"].shape[::-1], bias=False, dtype=torch.float64)
@@ -266,14 +275,10 @@ def test_weight_gradient_is_masked(module):
 @pytest.mark.parametrize("module", having("Masked"))
 def test_weight_gradient_by_finite_differences(module):
     """The masked loss is differentiable in W at a fixed mask: there the gradient is no estimate."""
-    p, h = small_problem(8), 1e-6
+    p = small_problem(8)
     _, _, _, grad = layer_of(module, p)
-    for i in np.ndindex(p["W"].shape):
-        up, down = p["W"].copy(), p["W"].copy()
-        up[i] += h
-        down[i] -= h
-        numeric = (masked_loss(up, p["M"], p["x"], p["t"]) - masked_loss(down, p["M"], p["x"], p["t"])) / (2 * h)
-        assert abs(grad[i] - numeric) < 1e-6, i
+    for i, slope in slopes(lambda W: masked_loss(W, p["M"], p["x"], p["t"]), p["W"]):
+        assert abs(grad[i] - slope) < 1e-6, i
 
 
 @pytest.mark.parametrize("module", having("Masked", "StraightThrough"))
@@ -290,14 +295,10 @@ def test_score_gradient_is_straight_through(module):
 @pytest.mark.parametrize("module", having("Masked", "StraightThrough"))
 def test_score_gradient_by_finite_differences_of_a_real_valued_mask(module):
     """Straight through is the derivative of L(W * m) in a real-valued m, taken at m = M."""
-    p, h = small_problem(10), 1e-6
+    p = small_problem(10)
     _, masked, _, _ = layer_of(module, p)
-    for i in np.ndindex(p["M"].shape):
-        up, down = p["M"].copy(), p["M"].copy()
-        up[i] += h
-        down[i] -= h
-        numeric = (masked_loss(p["W"], up, p["x"], p["t"]) - masked_loss(p["W"], down, p["x"], p["t"])) / (2 * h)
-        assert abs(masked.scores.grad[i].item() - numeric) < 1e-6, i
+    for i, slope in slopes(lambda m: masked_loss(p["W"], m, p["x"], p["t"]), p["M"]):
+        assert abs(masked.scores.grad[i].item() - slope) < 1e-6, i
 
 
 @pytest.mark.parametrize("module", having("Masked", "StraightThrough"))
