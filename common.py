@@ -93,8 +93,7 @@ class Run:
         if 0.5 < args.sparsity < 1:
             self.say(f"--sparsity is the share KEPT: {args.sparsity:g} keeps {args.sparsity:.0%}; did you mean {1 - args.sparsity:g}?")
         self.check_out()
-        self.before, self.started, self.ends, self.losses = 0.0, time.time(), [], []     # before: seconds before --resume
-        self.next_log, self.next_write = 0.0, 2.0
+        self.before, self.started, self.next_log, self.next_write, self.phase = 0.0, time.time(), 0.0, 2.0, None    # before: --resume
         torch.manual_seed(args.seed)
 
     def check_out(self):
@@ -144,12 +143,12 @@ class Run:
         """One line every ten seconds and at the last step. kept: a function, called only for a line. goal: a share, or None."""
         self.ends.append(time.time())
         self.losses.append(loss.detach())
-        if self.rank or (self.seconds() < self.next_log and step < self.args.steps):
+        if self.rank or (self.seconds() < self.next_log and step < self.steps):
             return
-        row = dict(step=step, loss=torch.stack(self.losses).float().mean().item(), penalty=float(torch.as_tensor(penalty).detach()),
+        row = dict(phase=self.phase, step=step, loss=torch.stack(self.losses).float().mean().item(), penalty=float(torch.as_tensor(penalty).detach()),
                    kept=kept(), goal=goal, lr=lr, ms=self.ms_per_step(), seconds=self.seconds())
-        left, self.losses, self.next_log = (self.args.steps - step) * row["ms"] / 1000, [], self.seconds() + 10
-        self.say(f"step {step:05d}/{self.args.steps:05d}  loss {row['loss']:.4f}  penalty {row['penalty']:.4f}  kept {row['kept']:.2%} "
+        left, self.losses, self.next_log = (self.steps - step) * row["ms"] / 1000, [], self.seconds() + 10
+        self.say(f"step {step:05d}/{self.steps:05d}  loss {row['loss']:.4f}  penalty {row['penalty']:.4f}  kept {row['kept']:.2%} "
                  f"({'no goal' if goal is None else f'goal {goal:.2%}'})  lr {lr:.1e}  {row['ms']:.0f} ms  "
                  f"eta {f'{left / 60:.0f}m' if left > 90 else f'{left:.0f}s'}")
         with open(self.out / "log.jsonl", "a") as f:
@@ -158,16 +157,18 @@ class Run:
 
     def checkpoint(self, step, **parts):
         """Write what a resumed run needs, at most once in 60 times what a write takes: under 2 % of the run."""
-        if self.rank or self.seconds() < self.next_write or step == self.args.steps:
+        if self.rank or self.seconds() < self.next_write or step == self.steps:
             return
         begun, parts = time.time(), {k: p if isinstance(p, dict) else p.state_dict() for k, p in parts.items()}
-        write_whole(self.out / "checkpoint.pt", lambda f: torch.save(parts | {"step": step, "seconds": self.seconds()}, f))
+        write_whole(self.out / "checkpoint.pt", lambda f: torch.save(parts | dict(phase=self.phase, step=step, seconds=self.seconds()), f))
         self.next_write = self.seconds() + max(2.0, 60 * (time.time() - begun))
 
-    def restore(self, **parts):
-        """Open --out; on --resume load the last checkpoint into parts, dicts or what has load_state_dict. Returns the steps already done."""
-        path, log, self.ends = self.out / "checkpoint.pt", self.out / "log.jsonl", [time.time()]
-        if not self.args.resume or not path.exists():
+    def restore(self, phase="fine-tuning", steps=None, **parts):
+        """Open --out and begin a phase of so many steps; on --resume load the phase's last checkpoint into parts, dicts or what has
+        load_state_dict. Returns the steps already done."""
+        path, log, first = self.out / "checkpoint.pt", self.out / "log.jsonl", self.phase is None
+        self.phase, self.steps, self.ends, self.losses = phase, steps or self.args.steps, [time.time()], []
+        if first and not (self.args.resume and path.exists()):
             if self.args.resume:
                 self.say("this run was stopped before its first checkpoint: it starts again from step 0")
             elif path.exists():
@@ -178,15 +179,17 @@ class Run:
                     for old in ("checkpoint.pt", "result.json"):
                         (self.out / old).unlink(missing_ok=True)
                     write_whole(log, json.dumps({"args": self.flags}) + "\n")
+        self.barrier()                      # no process looks for the checkpoint before an old one is gone
+        saved = torch.load(path, map_location=self.device, weights_only=True) if path.exists() else {}
+        if saved.get("phase") != phase:     # none, or that of an earlier phase, which is complete
             return 0
-        saved = torch.load(path, map_location=self.device, weights_only=True)
         for key, part in parts.items():
             part.update(saved[key]) if isinstance(part, dict) else part.load_state_dict(saved[key])
         self.before, self.next_write = saved["seconds"], saved["seconds"] + self.next_write
-        self.say(f"going on from step {saved['step']}")
+        self.say(f"going on from step {saved['step']}{f' of {phase}' if steps else ''}")
         if self.rank == 0:                  # lines logged after the checkpoint will be logged again
             lines = [line for line in log.read_text().splitlines(True) if line.endswith("\n")]
-            write_whole(log, "".join(line for line in lines if json.loads(line).get("step", 0) <= saved["step"]))
+            write_whole(log, "".join(x for x in lines if json.loads(x).get("phase") != phase or json.loads(x)["step"] <= saved["step"]))
         return saved["step"]
 
 
@@ -342,9 +345,9 @@ def kept(weights):
     return {name: n / size for name, (n, size) in count.items()}, sum(n for n, _ in count.values()) / sum(s for _, s in count.values())
 
 
-def lr_factor(step, steps, warmup):
-    """Linear from 0 to 1 over the first warmup * steps steps, then linear to 0."""
-    return min(1.0, (step + 1) / max(1, warmup * steps), (steps - step) / max(1, steps - warmup * steps))
+def lr_factor(step, steps, warmup, end=0.0):
+    """Linear from 0 to 1 over the first warmup * steps steps, then linear to end, a share of the peak."""
+    return min(1.0, (step + 1) / max(1, warmup * steps), end + (1 - end) * (steps - step) / max(1, steps - warmup * steps))
 
 
 def task_loss(net, batch, teacher=None, T=2.0):

@@ -49,9 +49,9 @@ import common
 # The paper's, from the authors' run sheet; the rows of other tasks and the mini preset's are ours, the same in all scripts.
 # warmup, t_i and t_f are shares of the run (the paper counts steps: on SQuAD 5,400 of 55,000, t_i once and t_f twice that).
 # lambda_f: of the order with which the paper kept 3 to 10 % on SQuAD; it need not be exact, since tau is solved for.
-# clip: one norm over all that is trained, scores included. length: in tokens.
-MINI = dict(steps=1000, batch_size=32, lr=5e-4, score_lr=1e-2, lambda_f=1000.0, length=128, warmup=0.05, t_i=0.05, t_f=0.3, clip=1.0)
-PAPER = dict(epochs=6, batch_size=32, lr=3e-5, score_lr=1e-2, lambda_f=1000.0, length=128, warmup=0.05, t_i=0.05, t_f=0.3, clip=1.0)
+# lr_end: share of lr left at the last step. clip: one norm over all that is trained, scores included. length: in tokens.
+MINI = dict(steps=1000, batch_size=32, lr=5e-4, score_lr=1e-2, lambda_f=1000.0, length=128, warmup=0.05, lr_end=0.0, t_i=0.05, t_f=0.3, clip=1.0)
+PAPER = dict(epochs=6, batch_size=32, lr=3e-5, score_lr=1e-2, lambda_f=1000.0, length=128, warmup=0.05, lr_end=0.0, t_i=0.05, t_f=0.3, clip=1.0)
 HYPER = {"mini": {"*": MINI},
          "paper": {"*": PAPER,
                    "squad": dict(epochs=10, batch_size=16, length=384, warmup=0.1, t_i=0.1, t_f=0.2),
@@ -220,7 +220,7 @@ def main(args):
     for step in range(run.restore(model=model, optimizer=optimizer, state=state), args.steps):
         run.seed_step(step)
         batch = task.batch(step)
-        factor = common.lr_factor(step, args.steps, args.warmup)   # of weights and scores alike
+        factor = common.lr_factor(step, args.steps, args.warmup, args.lr_end)    # of weights and scores alike
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
 

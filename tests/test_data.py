@@ -868,6 +868,7 @@ def test_lr_factor_by_hand():
     assert [common.lr_factor(step, 4, 0.0) for step in range(4)] == pytest.approx([1, 3 / 4, 2 / 4, 1 / 4])
     assert [common.lr_factor(step, 4, 1.0) for step in range(4)] == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1])
     assert [common.lr_factor(0, 1, w) for w in (0, 0.05, 0.5, 1)] == pytest.approx([1, 1, 1, 1])
+    assert [common.lr_factor(step, 4, 0.0, 0.2) for step in range(5)] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
     for steps, warmup in ((10, 0.05), (7, 0.3), (1000, 0.06), (3, 0.9)):
         values = [common.lr_factor(step, steps, warmup) for step in range(steps)]
         peak = int(np.argmax(values))

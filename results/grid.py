@@ -1,0 +1,103 @@
+"""Drives the runs behind README's tables, one after the other or --jobs at a time, and writes what they measured to one file.
+
+Run        python results/grid.py embedded                                           mini/: squad, mnli, qqp; all methods; CPU
+           python results/grid.py sst2 --model FOLDER --data DIR                     a real small BERT on the whole of SST-2
+           python results/grid.py embedded --only l0,mgpp --jobs 1                   some of the methods
+
+Stopped, it goes on where it was: a finished run (result.json) is not run again, an unfinished one is resumed. After each run
+results/NAME.tsv and the table below it, results/NAME.md, are written anew from all runs that are finished. The cores are divided among
+the jobs (OMP_NUM_THREADS), and a run's bytes depend on that number, so the file names it.
+"""
+import argparse, json, os, subprocess, sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+METHODS = ["magnitude", "mvp", "soft_mvp", "l0", "mgpp", "rpp"]
+# grid: [(task, shares kept, seeds)]; dense is magnitude.py at 1
+GRIDS = {"embedded": [("squad", [1, 0.1, 0.03], [0, 1, 2]), ("mnli", [1, 0.03], [0]), ("qqp", [1, 0.03], [0])],
+         "sst2": [("sst2", [1, 0.1, 0.03], [0, 1])]}
+FLAGS = {"embedded": "--preset mini --device cpu", "sst2": "--preset paper --steps 1200 --device cpu"}
+
+
+def runs(grid):
+    """[(method, task, v, seed)], the seeds outermost: one seed of everything comes before the second of anything."""
+    return [(m, task, v, seed) for seed in (0, 1, 2) for task, shares, seeds in GRIDS[grid] for v in shares for m in METHODS
+            if seed in seeds and (v < 1 or m == "magnitude")]
+
+
+def command(args, run):
+    method, task, v, seed = run
+    words = [f"{method}.py", "--task", task, "--sparsity", f"{v:g}", "--seed", str(seed), *FLAGS[args.grid].split()]
+    for flag in ("model", "data"):
+        words += [f"--{flag}", getattr(args, flag)] if getattr(args, flag) else []
+    # one support serves every task: what squad's run has found is fine-tuned for the others
+    support = [] if method != "rpp" or task in ("squad", "sst2") else ["--support", str(folder(args, (method, "squad", v, seed)))]
+    return words + support
+
+
+def folder(args, run):
+    return Path(args.runs) / args.grid / "{}-{}-{:g}-s{}".format(*run)
+
+
+def execute(args, run):
+    out = folder(args, run)
+    if (out / "result.json").exists():
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    words = [sys.executable, *command(args, run), "--out", str(out), *(["--resume"] if (out / "log.jsonl").exists() else [])]
+    env = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))}
+    with open(f"{out}.txt", "a") as log:
+        code = subprocess.run(words, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT).returncode
+    last = (Path(f"{out}.txt").read_text().strip().splitlines() or ["nothing was printed"])[-1]
+    print(last if code in (0, 3) else f"{out.name} ended with {code}: {last}", flush=True)
+    write(args)
+
+
+def write(args):
+    """results/NAME.tsv, a row a run, and results/NAME.md, means over seeds."""
+    rows, cells = [], {}
+    for run in runs(args.grid):
+        path = folder(args, run) / "result.json"
+        if not path.exists():
+            continue
+        result = json.loads(path.read_text())
+        scores = " ".join(f"{k} {x:.2f}" for k, x in result["metrics"].items())
+        rows.append([*map(str, run), f"{100 * result['kept']:.3f}", scores, str(result["steps"]), f"{result['seconds']:.0f}",
+                     str(max(1, os.cpu_count() // args.jobs)), result["versions"]["torch"], result["versions"]["transformers"],
+                     " ".join(["python", *command(argparse.Namespace(**{**vars(args), "model": args.model and "MODEL", "data": args.data and "DATA"}), run)])])
+        cells.setdefault((run[1], run[2], run[0]), []).append(list(result["metrics"].values()))
+    head = "method task sparsity seed kept_% scores steps seconds threads torch transformers command".split()
+    (Path(args.results) / f"{args.grid}.tsv").write_text("\n".join("\t".join(row) for row in [head, *rows]) + "\n")
+    lines = ["| task, kept | " + " | ".join(["dense", *METHODS]) + " |", "|---" * (len(METHODS) + 2) + "|"]
+    for task, shares, _ in GRIDS[args.grid]:
+        for v in shares[1:]:
+            line = []
+            for key in [(task, 1, "magnitude"), *((task, v, m) for m in METHODS)]:
+                got = np.array(cells.get(key, []))                  # (seeds, metrics)
+                line.append(" / ".join(f"{x:.1f}" for x in got.mean(0)) + f" ({len(got)})" if len(got) else "")
+            lines.append(f"| {task}, {100 * v:g} % | " + " | ".join(line) + " |")
+    (Path(args.results) / f"{args.grid}.md").write_text("\n".join(lines) + "\n")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("grid", choices=GRIDS)
+    p.add_argument("--model"), p.add_argument("--data")
+    p.add_argument("--only", default=",".join(METHODS), help="methods, separated by commas")
+    p.add_argument("--where", default="", help="only runs whose name (mvp-squad-0.03-s0) holds this")
+    p.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    p.add_argument("--runs", default=str(ROOT / "out"), help="where the runs' folders are")
+    p.add_argument("--results", default=str(ROOT / "results"), help="where the results file is written")
+    args = p.parse_args()
+    chosen = [r for r in runs(args.grid) if r[0] in args.only.split(",") and args.where in folder(args, r).name and (ROOT / f"{r[0]}.py").exists()]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda run: execute(args, run), chosen))
+    write(args)
+    print((Path(args.results) / f"{args.grid}.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
