@@ -37,7 +37,9 @@ Run        python magnitude.py                                                  
 """
 import torch
 from torch import nn
+# <method: imports>
 from torch.nn.utils import parametrize
+# </method>
 
 import common
 

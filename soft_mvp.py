@@ -38,7 +38,9 @@ Run        python soft_mvp.py --task squad --sparsity 0.03                      
 """
 import torch
 from torch import nn
+# <method: imports>
 from torch.nn.utils import parametrize
+# </method>
 
 import common
 
