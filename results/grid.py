@@ -19,7 +19,7 @@ METHODS = ["magnitude", "mvp", "soft_mvp", "l0", "mgpp", "rpp"]
 # grid: [(task, shares kept, seeds)]; dense is magnitude.py at 1
 GRIDS = {"embedded": [("squad", [1, 0.1, 0.03], [0, 1, 2]), ("mnli", [1, 0.03], [0]), ("qqp", [1, 0.03], [0])],
          "sst2": [("sst2", [1, 0.1, 0.03], [0, 1])]}
-FLAGS = {"embedded": "--preset mini --device cpu", "sst2": "--preset paper --steps 1200 --device cpu"}
+FLAGS = {"embedded": "--preset mini --device cpu", "sst2": "--preset paper --steps 1200 --lr 3e-5 --device cpu"}
 
 
 def runs(grid):
