@@ -622,7 +622,7 @@ def test_two_processes(trained, data, script, tmp_path):
     _, alone = trained(script, "squad", 0.1)
     assert nonzero(tmp_path / "o") == nonzero(alone)
     both = [(tmp_path / f"masks{rank}").read_text() for rank in (0, 1)]
-    assert both[0] == both[1] and both[0].count("\n") == 12 and len(set(both[0].split()[1::2])) > 3
+    assert both[0] == both[1] and both[0].count("\n") == 12 and len(set(both[0].split()[1::2])) > (1 if script == "mgpp" else 3)     # every 10th step
     # the same global batch, its gradient averaged: biases and LayerNorms move as in one process, and not as with other batches
     assert cosine(moved(tmp_path / "o"), moved(alone)) > 0.9 > 0.5 > cosine(moved(trained(script, "squad", 0.1, "--seed", "1")[1]), moved(alone))
 
