@@ -1,8 +1,8 @@
-"""The tasks' files and metrics, and text for pre-training; common.py makes features and batches of them.
+"""Mistakes and flags, the tasks' files and metrics, text for pre-training; common.py makes features and batches of them.
 
-In order: mistakes · files (download, TSV, SQuAD) · metrics · text for pre-training.
+In order: mistakes · flags · files (download, TSV, SQuAD) · metrics · text for pre-training.
 """
-import collections, contextlib, hashlib, http.client, json, math, os, re, string, zipfile, zlib
+import argparse, collections, contextlib, hashlib, http.client, json, math, os, re, string, sys, time, zipfile
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -33,6 +33,14 @@ def blame(errors, message):
         raise Mistake(message.replace("{}", f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:150]}")) from error
 
 
+def leave(code, text):
+    """Exit, with a sentence on stderr. Under torchrun a machine's first process speaks and the others wait, to be ended by torchrun: they
+    have made the same mistake, or lost that first one. Only what befell one of them alone is said by that one."""
+    time.sleep(5 * (os.environ.get("LOCAL_RANK", "0") != "0"))
+    print(text, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
 def write_whole(path, write):
     """write, a text or a function of an open file, under a temporary name, synced and renamed: path never holds a part."""
     part = Path(f"{path}.part")
@@ -44,6 +52,40 @@ def write_whole(path, write):
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+held = []                                   # the open folder that lock() holds
+
+
+def lock(folder, message):
+    """Hold the folder alone until this process ends, however it does, or locks another; else a Mistake with this message."""
+    with contextlib.suppress(ImportError, OSError), blame(BlockingIOError, message):
+        import fcntl                        # not on Windows; nor can every network's folders be locked: those go without
+        os.close(held.pop()) if held else None
+        held.append(os.open(folder, os.O_RDONLY))
+        fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+# ---- flags
+
+class Parser(argparse.ArgumentParser):
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message):                                       # argparse would print the whole usage first
+        leave(2, f"{self.prog}: {message}; see python {self.prog} --help")
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: an int that is low or more, or a float above low; at most high, and finite."""
+    def parse(text):
+        with contextlib.suppress(ValueError, OverflowError):
+            x = kind(text)
+            if (x >= low if kind is int else x > low) and x <= high and math.isfinite(x):
+                return x
+        raise argparse.ArgumentTypeError(f"{text} is not a{' whole' * (kind is int)} number {'of at least' if kind is int else 'above'} "
+                                         f"{low}" + f" and at most {high}" * (high < math.inf))
+    return parse
 
 
 # ---- files: download, GLUE's TSV, SQuAD's JSON
@@ -105,7 +147,7 @@ def fetch(data, task):
 
 def unzip(archive, member, path):
     """One member of a zip to path, whole or not at all; a zip with any member that points outside is refused."""
-    with blame((zipfile.BadZipFile, zlib.error, KeyError), f"{archive} is no whole zip with {member} in it: delete it and try again"):
+    with blame(Exception, f"{archive} is no whole zip with {member} in it ({{}}): delete it and try again"):    # damage has many names
         with zipfile.ZipFile(archive) as z:
             outside = any(re.match(r"[/\\]|.*(^|[/\\])\.\.([/\\]|$)|.:", name) for name in z.namelist())
             demand(not outside, f"{archive} has a member that points outside its folder: delete it, and put {path} there yourself")
@@ -122,7 +164,7 @@ def read_text(path):
     return text
 
 
-def read_tsv(path, texts, label, labels):
+def read_tsv(path, texts, label, labels, say=print):
     """([(text, text2 or None, label)], labels) of a TSV without quoting; a label is its place in labels, or a float if that is None.
 
     Some of GLUE's QQP rows are cut short: up to one row in a thousand is left out, with a word; more is a mistake."""
@@ -137,7 +179,7 @@ def read_tsv(path, texts, label, labels):
     short = [n for n, row in rows if len(row) <= max(columns)]
     demand(len(short) <= len(rows) / 1000, f"{path}, line {[*short, 0][0]}: fewer columns than the {max(columns) + 1} needed: complete it")
     if short:
-        print(f"{path}: left out {len(short)} rows that are cut short, the first in line {short[0]}")
+        say(f"{path}: left out {len(short)} rows that are cut short, the first in line {short[0]}")
     rows = [(n, [row[c] for c in columns]) for n, row in rows if len(row) > max(columns)]
     labels = sorted({row[-1] for _, row in rows}) if labels == [] else labels
     demand(rows and (labels is None or len(labels) > 1), f"{path} holds {'one class only' if rows else 'no rows'}: put the data set's own there")
