@@ -1,9 +1,9 @@
 """Data and BERT loading for the six scripts: what dense fine-tuning needs too, and nothing of a method.
 
-In order: launch · the run (preset, processes, seed, log, checkpoint) · the task (features, batches, evaluation) · BERT (load, prunable,
-loss) · the report. Flags, mistakes, the files, the metrics and the text for pre-training are in tasks.py.
+In order: the run (preset, processes, seed, log, checkpoint) · the task (features, batches, evaluation) · BERT (load, prunable,
+loss) · the report. Mistakes, flags and exit, files, metrics and text for pre-training are in tasks.py.
 """
-import bisect, contextlib, functools, json, math, os, platform, re, shlex, sys, time, warnings
+import bisect, functools, json, math, os, platform, sys, time, warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,41 +14,12 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoTokenizer
 
-from tasks import (TASKS, Mistake, Parser, best_spans, blame, demand, download, em_f1, fetch, glue_metrics, leave, lock, mlm_nsp_batch, number,
+from tasks import (TASKS, Mistake, Parser, best_spans, blame, demand, download, em_f1, fetch, glue_metrics, launch, lock, mlm_nsp_batch, number,
                    read_corpus, read_squad, read_tsv, squad_metrics, unzip, write_whole)
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 MINI = Path(__file__).resolve().parent / "mini"
-
-
-# ---- from the command line to the exit status
-
-def launch(main, args):
-    """Run main(args) and exit with the status it returns; a mistake, a full disk, a lost process or Ctrl-C ends in one sentence on stderr."""
-    getattr(sys.stdout, "reconfigure", dict)(errors="replace")      # a terminal that has no █ shows ?
-    many = int(os.environ.get("WORLD_SIZE", 1)) > 1
-
-    def again():                                    # before restore() there is nothing to --resume
-        return shlex.join([*(["torchrun", "..."] if many else ["python"]), *sys.argv, *["--resume"] * (Run.begun and "--resume" not in sys.argv)])
-    try:
-        code = main(args)
-    except KeyboardInterrupt:
-        leave(130, f"\nstopped; to go on: {again()}") if os.environ.get("LOCAL_RANK", "0") == "0" else sys.exit(130)
-    except Exception as error:              # torch and safetensors wrap the system's errors in classes of their own: by their words, then
-        said = f"{error} {error.__context__}"
-        text = (error if isinstance(error, Mistake) else
-                f"the disk is full: free some space, then go on with {again()}"
-                if re.search("No space left|Disk quota|os error 2[78]|Errno 2[78]|file write failed", said) else
-                f"{error}: mend that, then go on with {again()}" if isinstance(error, OSError) else
-                f"another process has ended, and so does this one; when its message is dealt with, go on with {again()}"
-                if many and re.search("by peer|gloo|NCCL", said) else None)
-        if text is None:
-            raise
-        leave(2, f"{Path(sys.argv[0]).name}: {text}")
-    if dist.is_initialized() and not code:
-        dist.destroy_process_group()
-    sys.exit(code)
 
 
 # ---- the run: preset, device, processes, seed, log, checkpoint
@@ -57,8 +28,6 @@ class Run:
     """One run of one script, in all that is no part of the method. Raises Mistake.
 
     script: its __file__. args: its flags. hyper: {preset: {task or "*": {name: value}}}, for flags left at None and for constants."""
-    begun = False                           # is there something in --out to --resume?
-
     def __init__(self, script, args, hyper):
         self.method, self.args, cuda = Path(script).stem, args, torch.cuda.is_available()
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -178,22 +147,22 @@ class Run:
     def restore(self, phase="fine-tuning", steps=None, **parts):
         """Open --out and begin a phase of so many steps; on --resume load the phase's last checkpoint into parts, dicts or what has
         load_state_dict. Returns the steps already done."""
-        path, log, done = self.out / "checkpoint.pt", self.out / "log.jsonl", 0
-        if self.phase is None and self.rank == 0:
+        path, log, first = self.out / "checkpoint.pt", self.out / "log.jsonl", self.phase is None
+        if first and self.rank == 0:
             self.begin()
-        self.phase, self.steps, self.ends, self.losses, Run.begun = phase, steps or self.args.steps, [time.time()], [], True
+        self.phase, self.steps, self.ends, self.losses, launch.begun = phase, steps or self.args.steps, [time.time()], [], True
         self.barrier()                      # no process looks for the checkpoint before an old one is gone
         with blame(Exception, f"{path} or log.jsonl beside it cannot be read ({{}}): delete both, and start anew without --resume"):
             saved = torch.load(path, map_location=self.device, weights_only=True) if self.args.resume and path.exists() else {"phase": None}
-            if saved["phase"] == phase:     # else there is none, or that of an earlier phase, which is complete
-                for key, part in parts.items():
-                    part.update(saved[key]) if isinstance(part, dict) else part.load_state_dict(saved[key])
-                done, self.before = saved["step"], saved["seconds"]
-                self.say(f"going on from step {done}{f' of {phase}' if steps else ''}")
-            lines = log.read_text().splitlines(True) if self.rank == 0 else []
-            rows = [(x, json.loads(x)) for x in lines if x.endswith("\n")]           # the last may be torn
+            done = saved["step"] if saved["phase"] == phase else 0          # 0: no checkpoint, or that of an earlier phase, which is complete
+            for key, part in parts.items() if done else ():
+                part.update(saved[key]) if isinstance(part, dict) else part.load_state_dict(saved[key])
+            text = log.read_text() if self.rank == 0 else ""
+            rows = [(line, json.loads(line)) for line in text.splitlines(True) if line.endswith("\n")]      # the last may be torn
+        self.before = saved.get("seconds", 0.0) if first else self.before
+        self.say(f"going on from step {done}{f' of {phase}' if steps else ''}") if done else None
         if self.rank == 0:                  # lines logged after the checkpoint will be logged again
-            write_whole(log, "".join(x for x, row in rows if row.get("phase") != phase or row["step"] <= done))
+            write_whole(log, "".join(line for line, row in rows if row.get("phase") != phase or row["step"] <= done))
         # The first write should take no more than its 2 % either: with Adam's moments three times the parameters, at 400 MB a second.
         size = 3 * sum(p.nbytes for part in parts.values() if isinstance(part, torch.nn.Module) for p in part.parameters())
         self.next_write = self.seconds() + max(2.0, 60 * size / 400e6)

@@ -1,17 +1,18 @@
 """Mistakes and flags, the tasks' files and metrics, text for pre-training; common.py makes features and batches of them.
 
-In order: mistakes · flags · files (download, TSV, SQuAD) · metrics · text for pre-training.
+In order: mistakes · flags and exit · files (download, TSV, SQuAD) · metrics · text for pre-training.
 """
-import argparse, collections, contextlib, hashlib, http.client, json, math, os, re, string, sys, time, zipfile
+import argparse, collections, contextlib, hashlib, http.client, json, math, os, re, shlex, string, sys, time, zipfile
 from pathlib import Path
 from urllib.request import urlopen
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 
-# ---- mistakes, and files written whole
+# ---- mistakes, files written whole, folders locked
 
 class Mistake(Exception):
     """A user's mistake, told in one sentence that says what to do: launch() prints it and exits with status 2."""
@@ -33,14 +34,6 @@ def blame(errors, message):
         raise Mistake(message.replace("{}", f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:150]}")) from error
 
 
-def leave(code, text):
-    """Exit, with a sentence on stderr. Under torchrun a machine's first process speaks and the others wait, to be ended by torchrun: they
-    have made the same mistake, or lost that first one. Only what befell one of them alone is said by that one."""
-    time.sleep(5 * (os.environ.get("LOCAL_RANK", "0") != "0"))
-    print(text, file=sys.stderr, flush=True)
-    sys.exit(code)
-
-
 def write_whole(path, write):
     """write, a text or a function of an open file, under a temporary name, synced and renamed: path never holds a part."""
     part = Path(f"{path}.part")
@@ -54,19 +47,20 @@ def write_whole(path, write):
         part.unlink(missing_ok=True)
 
 
-held = []                                   # the open folder that lock() holds
+locked = []                                         # the open folder that lock() holds
 
 
 def lock(folder, message):
-    """Hold the folder alone until this process ends, however it does, or locks another; else a Mistake with this message."""
+    """Hold the folder for this run alone, until leave(), another lock() or the process's end, whatever that is; a Mistake with this message
+    where another process holds it."""
     with contextlib.suppress(ImportError, OSError), blame(BlockingIOError, message):
-        import fcntl                        # not on Windows; nor can every network's folders be locked: those go without
-        os.close(held.pop()) if held else None
-        held.append(os.open(folder, os.O_RDONLY))
-        fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        import fcntl                                # not on Windows; nor can every network's folders be locked: those go without
+        os.close(locked.pop()) if locked else None
+        locked.append(os.open(folder, os.O_RDONLY))
+        fcntl.flock(locked[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-# ---- flags
+# ---- flags and exit
 
 class Parser(argparse.ArgumentParser):
     def __init__(self, doc):
@@ -86,6 +80,47 @@ def number(kind, low, high=math.inf):
         raise argparse.ArgumentTypeError(f"{text} is not a{' whole' * (kind is int)} number {'of at least' if kind is int else 'above'} "
                                          f"{low}" + f" and at most {high}" * (high < math.inf))
     return parse
+
+
+def leave(code, text=None):
+    """Exit, with a sentence on stderr. Under torchrun a machine's first process speaks and the others wait, to be ended by torchrun: they
+    have made the same mistake, or lost that first one. Only what befell one of them alone is said by that one."""
+    while locked:
+        os.close(locked.pop())
+    if text:
+        time.sleep(5 * (os.environ.get("LOCAL_RANK", "0") != "0"))
+        print(text, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def launch(main, args):
+    """Run main(args) and exit with the status it returns; a mistake, a full disk, a lost process or Ctrl-C ends in one sentence on stderr."""
+    getattr(sys.stdout, "reconfigure", dict)(errors="replace")      # a terminal that has no █ shows ?
+    many = int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+    def again():                                    # before restore() there is nothing to --resume
+        return shlex.join([*(["torchrun", "..."] if many else ["python"]), *sys.argv, *["--resume"] * (launch.begun and "--resume" not in sys.argv)])
+    try:
+        code = main(args)
+    except KeyboardInterrupt:
+        leave(130, f"\nstopped; to go on: {again()}" if os.environ.get("LOCAL_RANK", "0") == "0" else None)
+    except Exception as error:              # torch and safetensors wrap the system's errors in classes of their own: by their words, then
+        said = f"{error} {error.__context__}"
+        text = (error if isinstance(error, Mistake) else
+                f"the disk is full: free some space, then go on with {again()}"
+                if re.search("No space left|Disk quota|os error 2[78]|Errno 2[78]|file write failed", said) else
+                f"{error}: mend that, then go on with {again()}" if isinstance(error, OSError) else
+                f"another process has ended, and so does this one; when its message is dealt with, go on with {again()}"
+                if many and re.search("by peer|gloo|NCCL", said) else None)
+        if text is None:
+            raise
+        leave(2, f"{Path(sys.argv[0]).name}: {text}")
+    if dist.is_initialized() and not code:
+        dist.destroy_process_group()
+    leave(code)
+
+
+launch.begun = False                                # is there something in --out to --resume?
 
 
 # ---- files: download, GLUE's TSV, SQuAD's JSON
