@@ -69,8 +69,8 @@ class Run:
             demand("log.jsonl" in held or not args.resume, f"--resume: {out} holds no run: give its --out, or leave --resume out")
             demand("log.jsonl" in held or not held, f"--out {out} holds files that are no run of ours: give a new folder")
             demand(os.access(next(p for p in (out, *out.absolute().parents) if p.exists()), os.W_OK), f"--out {out} may not be written: give another")
-            ran = json.loads(log.read_text().partition("\n")[0])["args"] if "log.jsonl" in held else {}
-            for key, was in ran.items() if args.resume else ():
+            ran = json.loads(log.read_text().partition("\n")[0])["args"].items() if "log.jsonl" in held else ()
+            for key, was in ran if args.resume else ():
                 same = key == "out" or was == self.flags.get(key)           # --out may be written in another way
                 demand(same, f"--resume: {out} ran with --{key} {was}, not {self.flags.get(key)}: give the same flags")
             if args.resume and "result.json" in held:

@@ -110,9 +110,10 @@ def call(tmp_path_factory):
 # Forks a fresh process for each run, so that it may be killed. It starts no threads of its own: the children inherit none that are gone.
 # every: a checkpoint at each step. cut: [a file's name, n]: at the n-th sync of that file it is cut in half and the process killed; for
 # model.safetensors, which transformers writes, when it has been written. fail: [name, n, errno]: there the system says no. when, after,
-# signal: so many seconds after the text has been printed the process gets the signal. ascii: its terminal has no other characters.
+# signal: so many seconds after the text has been printed the process gets the signal. ascii: its terminal has no other characters. patch:
+# Python to run first. world: 1, or 2 processes as torchrun would start them; the second's output goes to files of its own.
 FORKER = r'''
-import json, os, runpy, signal, sys, time, traceback
+import json, os, runpy, signal, socket, sys, time, traceback
 import transformers.models.bert.modeling_bert
 import common
 
@@ -120,7 +121,7 @@ common.load_config(str(common.MINI / "bert"))           # what transformers impo
 checkpoint, fsync, save, written = common.Run.checkpoint, os.fsync, transformers.PreTrainedModel.save_pretrained, []
 
 
-def child(ask):
+def child(ask, rank):
     def every_step(self, step, **parts):
         self.next_write = 0.0
         checkpoint(self, step, **parts)
@@ -147,7 +148,10 @@ def child(ask):
     signal.alarm(60)                                    # no run of these tests takes so long
     os.chdir(ask["cwd"])
     for fd, path in ((1, ask["out"]), (2, ask["err"])):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+        os.dup2(os.open(path + "1" * rank, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+    if ask["world"] > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ask["world"]), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ask["port"]))
+    exec(ask["patch"], {})
     os.fsync, transformers.PreTrainedModel.save_pretrained = synced, saved
     if ask["ascii"]:
         sys.stdout.reconfigure(encoding="ascii", errors="strict")
@@ -161,11 +165,16 @@ answers = os.fdopen(os.dup(1), "w")
 for line in sys.stdin:
     ask = json.loads(line)
     open(ask["out"], "w").close()
-    pid = os.fork()
-    if not pid:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        ask["port"] = free.getsockname()[1]
+    pids = []
+    for rank in range(ask["world"]):
+        pids.append(os.fork())
+        if pids[-1]:
+            continue
         code = 1
         try:
-            child(ask)
+            child(ask, rank)
             code = 0
         except SystemExit as end:
             code = end.code or 0
@@ -173,7 +182,7 @@ for line in sys.stdin:
             traceback.print_exc()
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
-    ended, begun = (0, 0), None
+    pid, ended, begun = pids[0], (0, 0), None
     while ask["signal"] and not ended[0]:
         if begun is None and ask["when"] in open(ask["out"]).read():
             begun = time.time()
@@ -183,23 +192,24 @@ for line in sys.stdin:
         time.sleep(0.005)
         ended = os.waitpid(pid, os.WNOHANG)
     status = ended[1] if ended[0] else os.waitpid(pid, 0)[1]
-    print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
+    print(*(os.waitstatus_to_exitcode(s) for s in [status, *(os.waitpid(pid, 0)[1] for pid in pids[1:])]), file=answers, flush=True)
 '''
 
 
 @pytest.fixture(scope="session")
 def fork(tmp_path_factory):
-    """fork(script, *flags, cwd, every, cut, fail, when, after, signal, ascii) -> Ended, of a process of its own: see FORKER."""
+    """fork(script, *flags, cwd, every, ...) -> Ended, of a process of its own, or with world=2 [Ended, Ended]: see FORKER."""
     folder = tmp_path_factory.mktemp("forks")
     forker = subprocess.Popen([sys.executable, "-c", FORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENV)
 
-    def ask(script, *flags, cwd, every=False, cut=None, fail=None, when="", after=0.0, signal=0, ascii=False):
+    def ask(script, *flags, cwd, every=False, cut=None, fail=None, when="", after=0.0, signal=0, ascii=False, patch="", world=1):
         out, err = folder / "out", folder / "err"
         print(json.dumps(dict(script=str(ROOT / f"{script}.py"), flags=[str(f) for f in flags], cwd=str(cwd), out=str(out), err=str(err),
-                              every=every, cut=cut, fail=fail, when=when, after=after, signal=signal, ascii=ascii)), file=forker.stdin, flush=True)
+                              every=every, cut=cut, fail=fail, when=when, after=after, signal=signal, ascii=ascii, patch=patch, world=world)), file=forker.stdin, flush=True)
         answer = forker.stdout.readline()
         assert answer, f"the forker died in {script} {flags}"
-        return Ended(int(answer), out.read_text(), err.read_text())
+        both = [Ended(int(code), Path(f"{out}{rank}").read_text(), Path(f"{err}{rank}").read_text()) for code, rank in zip(answer.split(), ("", "1"))]
+        return both if world > 1 else both[0]
     yield ask
     forker.stdin.close()
     forker.wait(timeout=60)
@@ -783,24 +793,22 @@ def test_a_terminal_without_our_characters(fork, data, tmp_path):
 
 # ---- two processes
 
-# One torchrun for all scripts: each in full, then stopped at its eighth step, then resumed; the two processes' output apart, each step's
-# masks hashed. In the first run rank 0 is slow to make its files whole, while rank 1 looks into --out at the worst moment.
-PAIR = r'''
-import hashlib, os, runpy, sys, time, traceback
-import torch.distributed as dist
+# Hashes each step's masks; with STOP writes a checkpoint at the sixth step and is stopped at the eighth; with SLOW rank 0 is slow to make its
+# files whole, while rank 1 looks into --out at the worst moment.
+SPY = r'''
+import hashlib, os, time
 import common
 
-rank, (data, *scripts) = os.environ["RANK"], sys.argv[1:]
-replace, say, prunable, log, checkpoint, seen = os.replace, common.Run.say, common.prunable, common.Run.log, common.Run.checkpoint, {}
+rank, replace, say, prunable, log, checkpoint, seen = os.environ["RANK"], os.replace, common.Run.say, common.prunable, common.Run.log, common.Run.checkpoint, {}
 
 
 def slow_replace(part, path):
-    time.sleep(1.0 if str(path).endswith("log.jsonl") else 0)
+    time.sleep(0.5 if str(path).endswith("log.jsonl") else 0)
     replace(part, path)
 
 
 def late(self, text):
-    time.sleep(0.5)
+    time.sleep(0.25)
     common.Run.say = say
 
 
@@ -811,7 +819,7 @@ def spied_prunable(model):
 
 def spied_log(self, step, *more):
     masks = b"".join((m.weight != 0).detach().numpy().tobytes() for m in seen["weights"].values())
-    with open(f"{seen['name']}.masks{rank}", "a") as f:
+    with open(f"masks{rank}", "a") as f:
         print(step, hashlib.sha1(masks).hexdigest(), file=f)
     log(self, step, *more)
 
@@ -819,47 +827,17 @@ def spied_log(self, step, *more):
 def spied_checkpoint(self, step, **parts):
     self.next_write = 0.0 if step == 6 else float("inf")
     checkpoint(self, step, **parts)
-    if step == 8 and seen["stop"]:
+    if step == 8 and STOP:
         raise KeyboardInterrupt
 
 
+if SLOW and rank == "0":
+    os.replace = slow_replace
+elif SLOW:
+    common.Run.say = late
 common.prunable, common.Run.log, common.Run.checkpoint = spied_prunable, spied_log, spied_checkpoint
-held = os.dup(1), os.dup(2)
-for n, script in enumerate(scripts):
-    for kind, stop, flags in (("whole", False, []), ("stopped", True, []), ("resumed", False, ["--resume"])):
-        name = os.path.basename(script)[:-3]
-        seen.update(name=f"{name}.{kind}", stop=stop)
-        os.replace = slow_replace if kind == "whole" and n == 0 and rank == "0" else replace
-        common.Run.say = late if kind == "whole" and n == 0 and rank == "1" else say
-        for fd, what in ((1, "out"), (2, "err")):
-            os.dup2(os.open(f"{name}.{kind}.{what}{rank}", os.O_WRONLY | os.O_CREAT), fd)
-        sys.argv = [script, "--task", "squad", "--sparsity", "0.1", "--data", data, "--out", name + ("" if kind == "whole" else ".stopped"),
-                    "--steps", "12", "--batch_size", "8", *flags]
-        code = 0
-        try:
-            runpy.run_path(script, run_name="__main__")
-        except SystemExit as end:
-            code = end.code or 0
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush(), sys.stderr.flush()
-        os.dup2(held[0], 1), os.dup2(held[1], 2)
-        with open(f"{name}.{kind}.code{rank}", "w") as f:
-            f.write(str(code))
-        dist.destroy_process_group() if dist.is_initialized() else None
 '''
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-
-
-@pytest.fixture(scope="session")
-def pair(data, tmp_path_factory):
-    """The folder in which PAIR ran."""
-    folder = tmp_path_factory.mktemp("pair")
-    (folder / "pair.py").write_text(PAIR)
-    ended = spawn(*TORCHRUN, "pair.py", data, *(ROOT / f"{s}.py" for s in SCRIPTS), cwd=folder)
-    assert ended.code == 0, ended
-    return folder
 
 
 def moved(folder):
@@ -872,35 +850,39 @@ def cosine(a, b):
     return float(a @ b / (a.norm() * b.norm()))
 
 
-def of_pair(pair, script, kind):
-    """[(code, stdout, stderr, masks)] of ranks 0 and 1."""
-    read = lambda what, rank: (pair / f"{script}.{kind}.{what}{rank}").read_text()
-    return [(int(read("code", rank)), *(read(what, rank) for what in ("out", "err", "masks"))) for rank in (0, 1)]
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_two_processes(trained, pair, script):
-    """torchrun on two gloo processes: one RESULT, the same kept, the same masks on both at every step, and about those of one process."""
-    (code, out, err, masks), other = of_pair(pair, script, "whole")
-    assert (code, err) == (0, "") and other == (0, "", "", masks)                                            # rank 1 prints nothing
-    assert masks.count("\n") == 12 and len(set(masks.split()[1::2])) > 3
-    assert out.count("RESULT") == 1 and sum(line.startswith(f"{script} squad") for line in out.splitlines()) == 1
+def test_two_processes(trained, fork, data, script, tmp_path):
+    """On two gloo processes: one RESULT, the same kept, the same masks on both at every step, and about those of one process. Stopped at the
+    eighth step both go on from rank 0's checkpoint of the sixth, with the masks that they would have had, to the same bytes."""
+    def run(out, stop, *flags):
+        for rank in (0, 1):
+            (tmp_path / f"masks{rank}").unlink(missing_ok=True)
+        one, other = fork(script, "--task", "squad", "--sparsity", 0.1, "--data", data, "--out", out, *SHORT, *flags, cwd=tmp_path, world=2,
+                          patch=f"STOP, SLOW = {stop}, {out == 'o'}\n{SPY}")
+        assert (other.out, other.err) == ("", "") and one.code == other.code, (one, other)                   # rank 1 prints nothing
+        masks = [(tmp_path / f"masks{rank}").read_text().splitlines() for rank in (0, 1)]
+        assert masks[0] == masks[1]
+        return one, masks[0]
+    ended, masks = run("o", False)
+    assert (ended.code, ended.err) == (0, "") and [line.split()[0] for line in masks] == [str(n) for n in range(1, 13)]
+    assert len({line.split()[1] for line in masks}) > 3
+    assert ended.out.count("RESULT") == 1 and sum(line.startswith(f"{script} squad") for line in ended.out.splitlines()) == 1
     _, alone = trained(script, "squad", 0.1)
-    assert nonzero(pair / script) == nonzero(alone)
+    assert nonzero(tmp_path / "o") == nonzero(alone)
     # the same global batch, its gradient averaged: biases and LayerNorms move as in one process, and not as with other batches
-    assert cosine(moved(pair / script), moved(alone)) > 0.9 > 0.5 > cosine(moved(trained(script, "squad", 0.1, "--seed", "1")[1]), moved(alone))
+    assert cosine(moved(tmp_path / "o"), moved(alone)) > 0.9 > 0.5 > cosine(moved(trained(script, "squad", 0.1, "--seed", "1")[1]), moved(alone))
+    stopped, first = run("p", True)
+    assert stopped.code == 130 and first == masks[:8] and re.fullmatch(rf"\nstopped; to go on: torchrun \.\.\. \S*{script}\.py .*--resume\n", stopped.err)
+    ended, rest = run("p", False, "--resume")
+    assert (ended.code, ended.err) == (0, "") and "going on from step 6" in ended.out and rest == masks[6:]
+    assert same_bytes(tmp_path / "o", tmp_path / "p")
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_two_processes_stopped_and_resumed(pair, script):
-    """Both go on from rank 0's checkpoint, with the masks that they would have had, to the same bytes."""
-    whole = of_pair(pair, script, "whole")[0][3].splitlines()
-    (code, _, err, masks), other = of_pair(pair, script, "stopped")
-    assert code == other[0] == 130 and masks.splitlines() == other[3].splitlines() == whole[:8]
-    assert re.fullmatch(rf"\nstopped; to go on: torchrun \.\.\. \S*{script}\.py .*--resume\n", err) and other[2] == ""
-    (code, out, err, masks), other = of_pair(pair, script, "resumed")
-    assert (code, err) == (0, "") and other == (0, "", "", masks) and "going on from step 6" in out
-    assert masks.splitlines() == whole[6:] and same_bytes(pair / script, pair / f"{script}.stopped")
+def test_torchrun(trained, data, tmp_path):
+    """The command of README, on two processes."""
+    ended = spawn(*TORCHRUN, ROOT / "magnitude.py", "--task", "squad", "--sparsity", 0.1, "--data", data, "--out", "o", *SHORT, cwd=tmp_path)
+    assert ended.code == 0 and ended.err == "" and ended.out.count("RESULT") == 1 and "cpu x 2" in ended.out
+    assert nonzero(tmp_path / "o") == nonzero(trained("magnitude", "squad", 0.1)[1])
 
 
 # Sends a signal at the third step: to this process of two, or to torchrun itself.
@@ -1120,7 +1102,7 @@ def test_a_checkpoint_that_is_none(call, data, tmp_path):
     torch.save([1], tmp_path / "list.pt")
     torch.load(tmp_path / "bomb.pt", weights_only=False)["model"].close()
     (tmp_path / "bang").unlink()                                                    # the bomb does go off where it is let
-    texts = [path.read_bytes()[:n] for n in (0, 50_000, -100)] + [b"text", pickle.dumps(Bomb(tmp_path / "bang"))]
+    texts = [path.read_bytes()[:n] for n in (0, 50_000, -100)] + [b"text", pickle.dumps(Bomb(tmp_path / "bang"), protocol=2)]
     for content in texts + [(tmp_path / f"{name}.pt").read_bytes() for name in ("bomb", "part", "small", "list")]:
         path.write_bytes(content)
         before = tree(tmp_path)
@@ -1130,7 +1112,7 @@ def test_a_checkpoint_that_is_none(call, data, tmp_path):
 def test_a_model_that_is_a_bomb(call, data, nothing_written, tmp_path_factory):
     model = tmp_path_factory.mktemp("bomb") / "model"
     shutil.copytree(ROOT / "mini/bert", model, ignore=shutil.ignore_patterns("*.safetensors"))
-    for write in (torch.save, lambda bomb, path: path.write_bytes(pickle.dumps(bomb))):
+    for write in (torch.save, lambda bomb, path: path.write_bytes(pickle.dumps(bomb, protocol=2))):
         write(Bomb(nothing_written / "bang"), model / "pytorch_model.bin")
         for flag in ("--model", "--teacher"):
             assert str(model) in one_sentence(call("mvp", flag, model, "--data", data, "--out", "o", *SHORT, cwd=nothing_written))
