@@ -146,6 +146,7 @@ def child(ask, rank):
             die(os.open(os.path.join(folder, "model.safetensors"), os.O_RDWR))
 
     signal.alarm(60)                                    # no run of these tests takes so long
+    signal.signal(signal.SIGINT, signal.default_int_handler)        # which a shell's background jobs do without
     os.chdir(ask["cwd"])
     for fd, path in ((1, ask["out"]), (2, ask["err"])):
         os.dup2(os.open(path + "1" * rank, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
@@ -697,7 +698,7 @@ def test_a_run_of_two_phases_stopped_in_either(tmp_path, capsys, stop):
 def test_a_checkpoint_takes_two_percent_of_the_time(tmp_path, monkeypatch, capsys):
     """On a clock of the test's own: whatever a step, a write and the run take, from the first write on; and the log says how often."""
     for parameters, step_takes, write_takes, steps in ((10 ** 6, 0.05, 0.01, 9000), (10 ** 8, 0.2, 3.0, 9000), (10 ** 8, 0.2, 30.0, 90_000),
-                                                       (10 ** 6, 3.0, 2.0, 900), (10 ** 8, 0.1, 3.0, 1500)):
+                                                       (10 ** 6, 3.0, 2.0, 900), (10 ** 8, 0.1, 3.0, 1000)):
         clock, writes, model = [1000.0], [], torch.nn.Linear(1, 1)
         model.weight = torch.nn.Parameter(torch.empty(parameters, device="meta"))
 
@@ -900,6 +901,7 @@ def signalled(self, step, *more):
 
 
 common.Run.log = signalled
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.argv = sys.argv[3:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 '''
