@@ -1,9 +1,9 @@
 """Data and BERT loading for the six scripts: what dense fine-tuning needs too, and nothing of a method.
 
-In order: flags · the run (preset, processes, seed, log, checkpoint) · the task (features, batches, evaluation) · BERT (load, prunable,
-loss) · the report. The files, the metrics and the text for pre-training are in tasks.py.
+In order: the run (preset, processes, seed, log, checkpoint) · the task (features, batches, evaluation) · BERT (load, prunable,
+loss) · the report. Mistakes, flags and exit, files, metrics and text for pre-training are in tasks.py.
 """
-import argparse, bisect, contextlib, functools, json, math, os, platform, re, shlex, sys, time
+import bisect, functools, json, math, os, platform, sys, time, warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,51 +14,12 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoTokenizer
 
-from tasks import (TASKS, Mistake, best_spans, blame, demand, download, em_f1, fetch, glue_metrics, mlm_nsp_batch, read_corpus, read_squad,
-                   read_tsv, squad_metrics, unzip, write_whole)
+from tasks import (TASKS, Mistake, Parser, best_spans, blame, demand, download, em_f1, fetch, glue_metrics, launch, lock, mlm_nsp_batch, number,
+                   read_corpus, read_squad, read_tsv, squad_metrics, unzip, write_whole)
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 MINI = Path(__file__).resolve().parent / "mini"
-
-
-# ---- flags
-
-class Parser(argparse.ArgumentParser):
-    def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-
-    def error(self, message):                                       # argparse would print the whole usage first
-        self.exit(2, f"{self.prog}: {message}; see python {self.prog} --help\n")
-
-
-def number(kind, low, high=math.inf):
-    """An argparse type: an int that is low or more, or a float above low; at most high, and finite."""
-    def parse(text):
-        with contextlib.suppress(ValueError, OverflowError):
-            x = kind(text)
-            if (x >= low if kind is int else x > low) and x <= high and math.isfinite(x):
-                return x
-        raise argparse.ArgumentTypeError(f"{text} is not a{' whole' * (kind is int)} number {'of at least' if kind is int else 'above'} "
-                                         f"{low}" + f" and at most {high}" * (high < math.inf))
-    return parse
-
-
-def launch(main, args):
-    """Run main(args) and exit with the status it returns; a mistake, a full disk or Ctrl-C ends in one sentence on stderr."""
-    again = shlex.join(["python", *(a for a in sys.argv if a != "--resume"), "--resume"])
-    try:
-        code = main(args)
-    except KeyboardInterrupt:
-        code = print(f"\nstopped; to go on: {again}", file=sys.stderr) or 130
-    except Exception as error:              # torch and safetensors wrap the system's "disk full" in classes of their own
-        if not isinstance(error, Mistake) and not re.search("No space left|os error 2[78]|Errno 2[78]|file write failed", f"{error} {error.__context__}"):
-            raise
-        text = error if isinstance(error, Mistake) else f"the disk is full: free some space, then go on with {again}"
-        code = print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr) or 2
-    if dist.is_initialized() and not code:
-        dist.destroy_process_group()
-    sys.exit(code)
 
 
 # ---- the run: preset, device, processes, seed, log, checkpoint
@@ -79,7 +40,7 @@ class Run:
         self.data = Path(args.data or (MINI if args.preset == "mini" else "data"))
         self.out = Path(args.out or f"out/{self.method}-{args.task}-{args.sparsity:g}-s{args.seed}")
         demand(args.batch_size % self.world == 0, f"--batch_size {args.batch_size} cannot be split over {self.world} processes: give a multiple")
-        with blame((RuntimeError, AssertionError, NotImplementedError), f"--device {args.device} is not to be had ({{}}): give cpu or cuda"):
+        with blame(Exception, f"--device {args.device} is not to be had ({{}}): give cpu or cuda"):
             self.device = torch.device(args.device or ("cuda" if cuda else "cpu"))
             if self.device.type == "cuda" and self.world > 1:
                 self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -93,13 +54,14 @@ class Run:
         if 0.5 < args.sparsity < 1:
             self.say(f"--sparsity is the share KEPT: {args.sparsity:g} keeps {args.sparsity:.0%}; did you mean {1 - args.sparsity:g}?")
         self.check_out()
-        self.before, self.started, self.next_log, self.next_write, self.phase = 0.0, time.time(), 0.0, 2.0, None    # before: --resume
-        torch.manual_seed(args.seed)
+        self.before, self.started, self.next_log, self.phase, self.every = 0.0, time.time(), 0.0, None, None      # before: --resume
+        torch.manual_seed(args.seed % 2 ** 63)
 
     def check_out(self):
         """--out must be new, or a run of ours (log.jsonl, whose first line is its flags), on --resume one with these flags; writes nothing."""
         args, out, log = self.args, self.out, self.out / "log.jsonl"
-        with blame((OSError, ValueError), f"--out {out} cannot be used ({{}}): give a folder that can be written"):
+        with blame(Exception, f"--out {out} cannot be used ({{}}): give a new folder, or one with a run of ours, that can be written"):
+            str(out).encode()                       # safetensors writes to no name that is not UTF-8
             held = set(os.listdir(out) if out.exists() else []) - {"log.jsonl.part"}
             for flag in ("model", "teacher"):
                 same = getattr(args, flag) and Path(getattr(args, flag)).resolve() == out.resolve()
@@ -107,9 +69,10 @@ class Run:
             demand("log.jsonl" in held or not args.resume, f"--resume: {out} holds no run: give its --out, or leave --resume out")
             demand("log.jsonl" in held or not held, f"--out {out} holds files that are no run of ours: give a new folder")
             demand(os.access(next(p for p in (out, *out.absolute().parents) if p.exists()), os.W_OK), f"--out {out} may not be written: give another")
-            if args.resume:
-                for key, was in json.loads(log.read_text().partition("\n")[0] or "{}").get("args", {}).items():
-                    demand(was == self.flags.get(key), f"--resume: {out} ran with --{key} {was}, not {self.flags.get(key)}: give the same flags")
+            ran = json.loads(log.read_text().partition("\n")[0])["args"].items() if "log.jsonl" in held else ()
+            for key, was in ran if args.resume else ():
+                same = key == "out" or was == self.flags.get(key)           # --out may be written in another way
+                demand(same, f"--resume: {out} ran with --{key} {was}, not {self.flags.get(key)}: give the same flags")
             if args.resume and "result.json" in held:
                 line = json.loads((out / "result.json").read_text())["line"]
                 self.say(f"this run is finished:\n{line}")
@@ -130,13 +93,14 @@ class Run:
 
     def seed_step(self, step):
         """Dropout depends on (seed, step, rank) alone: a resumed run draws what the run never stopped would have drawn."""
-        torch.manual_seed((self.args.seed * 1_000_003 + step) * self.world + self.rank)
+        torch.manual_seed(((self.args.seed * 1_000_003 + step) * self.world + self.rank) % 2 ** 63)
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def parallel(self, model):
         """The model to call in training: under torchrun, DistributedDataParallel's, which averages the gradients."""
+        warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)         # its new name is not known to torch 2.11
         return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if self.world > 1 else model
 
     def log(self, step, loss, penalty, kept, goal, lr):
@@ -161,36 +125,48 @@ class Run:
             return
         begun, parts = time.time(), {k: p if isinstance(p, dict) else p.state_dict() for k, p in parts.items()}
         write_whole(self.out / "checkpoint.pt", lambda f: torch.save(parts | dict(phase=self.phase, step=step, seconds=self.seconds()), f))
-        self.next_write = self.seconds() + max(2.0, 60 * (time.time() - begun))
+        took, told, self.every = time.time() - begun, self.every, max(2.0, 60 * (time.time() - begun))
+        self.next_write = self.seconds() + self.every
+        told or self.say(f"checkpoint at step {step}, written in {took:.2f} s; from now on one every {self.every:.0f} s: under 2 % of the time")
+
+    def begin(self):
+        """The first that is written of a run, when all flags and files have been found good: --out and log.jsonl; on --resume nothing."""
+        path = self.out / "checkpoint.pt"
+        with blame(OSError, f"--out {self.out} cannot be written ({{}}): give another folder"):
+            self.out.mkdir(parents=True, exist_ok=True)
+            lock(self.out, f"--out {self.out} is in use by a run that has not ended: wait for its end, or give another")
+            if self.args.resume and path.exists():
+                return
+            if self.args.resume or path.exists():
+                self.say("this run was stopped before its first checkpoint: it starts again from step 0" if self.args.resume else
+                         f"{self.out} holds an unfinished run: starting it anew (--resume would have gone on)")
+            for old in (path, self.out / "result.json"):
+                old.unlink(missing_ok=True)
+            write_whole(self.out / "log.jsonl", json.dumps({"args": self.flags}) + "\n")
 
     def restore(self, phase="fine-tuning", steps=None, **parts):
         """Open --out and begin a phase of so many steps; on --resume load the phase's last checkpoint into parts, dicts or what has
         load_state_dict. Returns the steps already done."""
         path, log, first = self.out / "checkpoint.pt", self.out / "log.jsonl", self.phase is None
-        self.phase, self.steps, self.ends, self.losses = phase, steps or self.args.steps, [time.time()], []
-        if first and not (self.args.resume and path.exists()):
-            if self.args.resume:
-                self.say("this run was stopped before its first checkpoint: it starts again from step 0")
-            elif path.exists():
-                self.say(f"{self.out} holds an unfinished run: starting it anew (--resume would have gone on)")
-            if self.rank == 0:              # nothing is written before here, where all flags and files have been found good
-                with blame(OSError, f"--out {self.out} cannot be written ({{}}): give another folder"):
-                    self.out.mkdir(parents=True, exist_ok=True)
-                    for old in ("checkpoint.pt", "result.json"):
-                        (self.out / old).unlink(missing_ok=True)
-                    write_whole(log, json.dumps({"args": self.flags}) + "\n")
+        if first and self.rank == 0:
+            self.begin()
+        self.phase, self.steps, self.ends, self.losses, launch.begun = phase, steps or self.args.steps, [time.time()], [], True
         self.barrier()                      # no process looks for the checkpoint before an old one is gone
-        saved = torch.load(path, map_location=self.device, weights_only=True) if path.exists() else {}
-        if saved.get("phase") != phase:     # none, or that of an earlier phase, which is complete
-            return 0
-        for key, part in parts.items():
-            part.update(saved[key]) if isinstance(part, dict) else part.load_state_dict(saved[key])
-        self.before, self.next_write = saved["seconds"], saved["seconds"] + self.next_write
-        self.say(f"going on from step {saved['step']}{f' of {phase}' if steps else ''}")
+        with blame(Exception, f"{path} or log.jsonl beside it cannot be read ({{}}): delete both, and start anew without --resume"):
+            saved = torch.load(path, map_location=self.device, weights_only=True) if self.args.resume and path.exists() else {"phase": None}
+            done = saved["step"] if saved["phase"] == phase else 0          # 0: no checkpoint, or that of an earlier phase, which is complete
+            for key, part in parts.items() if done else ():
+                part.update(saved[key]) if isinstance(part, dict) else part.load_state_dict(saved[key])
+            text = log.read_text() if self.rank == 0 else ""
+            rows = [(line, json.loads(line)) for line in text.splitlines(True) if line.endswith("\n")]      # the last may be torn
+        self.before = saved.get("seconds", 0.0) if first else self.before
+        self.say(f"going on from step {done}{f' of {phase}' if steps else ''}") if done else None
         if self.rank == 0:                  # lines logged after the checkpoint will be logged again
-            lines = [line for line in log.read_text().splitlines(True) if line.endswith("\n")]
-            write_whole(log, "".join(x for x in lines if json.loads(x).get("phase") != phase or json.loads(x)["step"] <= saved["step"]))
-        return saved["step"]
+            write_whole(log, "".join(line for line, row in rows if row.get("phase") != phase or row["step"] <= done))
+        # The first write should take no more than its 2 % either: with Adam's moments three times the parameters, at 400 MB a second.
+        size = 3 * sum(p.nbytes for part in parts.values() if isinstance(part, torch.nn.Module) for p in part.parameters())
+        self.next_write = self.seconds() + max(2.0, 60 * size / 400e6)
+        return done
 
 
 def keeps(v):
@@ -211,7 +187,7 @@ class Task:
             if self.squad:
                 rows[name] = read_squad(folder / f"{name}-v1.1.json")
             else:
-                rows[name], self.labels = read_tsv(folder / f"{name}.tsv", files.texts, files.label, self.labels)
+                rows[name], self.labels = read_tsv(folder / f"{name}.tsv", files.texts, files.label, self.labels, run.say)
                 demand((rows[name][0][1] is None) == (rows["train"][0][1] is None), f"{folder}: text2 must be in both {name}.tsv and train.tsv")
         config, self.tokenizer = load_config(args.model)
         self.length = min(args.length, config.max_position_embeddings)

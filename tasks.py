@@ -1,17 +1,18 @@
-"""The tasks' files and metrics, and text for pre-training; common.py makes features and batches of them.
+"""Mistakes and flags, the tasks' files and metrics, text for pre-training; common.py makes features and batches of them.
 
-In order: mistakes · files (download, TSV, SQuAD) · metrics · text for pre-training.
+In order: mistakes · flags and exit · files (download, TSV, SQuAD) · metrics · text for pre-training.
 """
-import collections, contextlib, hashlib, http.client, json, math, os, re, string, zipfile, zlib
+import argparse, collections, contextlib, hashlib, http.client, json, math, os, re, shlex, string, sys, time, zipfile
 from pathlib import Path
 from urllib.request import urlopen
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 
-# ---- mistakes, and files written whole
+# ---- mistakes, files written whole, folders locked
 
 class Mistake(Exception):
     """A user's mistake, told in one sentence that says what to do: launch() prints it and exits with status 2."""
@@ -44,6 +45,82 @@ def write_whole(path, write):
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+locked = []                                         # the open folder that lock() holds
+
+
+def lock(folder, message):
+    """Hold the folder for this run alone, until leave(), another lock() or the process's end, whatever that is; a Mistake with this message
+    where another process holds it."""
+    with contextlib.suppress(ImportError, OSError), blame(BlockingIOError, message):
+        import fcntl                                # not on Windows; nor can every network's folders be locked: those go without
+        os.close(locked.pop()) if locked else None
+        locked.append(os.open(folder, os.O_RDONLY))
+        fcntl.flock(locked[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+# ---- flags and exit
+
+class Parser(argparse.ArgumentParser):
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message):                                       # argparse would print the whole usage first
+        leave(2, f"{self.prog}: {message}; see python {self.prog} --help")
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: an int that is low or more, or a float above low; at most high, and finite."""
+    def parse(text):
+        with contextlib.suppress(ValueError, OverflowError):
+            x = kind(text)
+            if (x >= low if kind is int else x > low) and x <= high and math.isfinite(x):
+                return x
+        raise argparse.ArgumentTypeError(f"{text} is not a{' whole' * (kind is int)} number {'of at least' if kind is int else 'above'} "
+                                         f"{low}" + f" and at most {high}" * (high < math.inf))
+    return parse
+
+
+def leave(code, text=None):
+    """Exit, with a sentence on stderr. Under torchrun a machine's first process speaks and the others wait, to be ended by torchrun: they
+    have made the same mistake, or lost that first one. Only what befell one of them alone is said by that one."""
+    while locked:
+        os.close(locked.pop())
+    if text:
+        time.sleep(5 * (os.environ.get("LOCAL_RANK", "0") != "0"))
+        print(text, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def launch(main, args):
+    """Run main(args) and exit with the status it returns; a mistake, a full disk, a lost process or Ctrl-C ends in one sentence on stderr."""
+    getattr(sys.stdout, "reconfigure", dict)(errors="replace")      # a terminal that has no █ shows ?
+    many = int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+    def again():                                    # before restore() there is nothing to --resume
+        return shlex.join([*(["torchrun", "..."] if many else ["python"]), *sys.argv, *["--resume"] * (launch.begun and "--resume" not in sys.argv)])
+    try:
+        code = main(args)
+    except KeyboardInterrupt:
+        leave(130, f"\nstopped; to go on: {again()}" if os.environ.get("LOCAL_RANK", "0") == "0" else None)
+    except Exception as error:              # torch and safetensors wrap the system's errors in classes of their own: by their words, then
+        said = f"{error} {error.__context__}"
+        text = (error if isinstance(error, Mistake) else
+                f"the disk is full: free some space, then go on with {again()}"
+                if re.search("No space left|Disk quota|os error 2[78]|Errno 2[78]|file write failed", said) else
+                f"{error}: mend that, then go on with {again()}" if isinstance(error, OSError) else
+                f"another process has ended, and so does this one; when its message is dealt with, go on with {again()}"
+                if many and re.search("by peer|gloo|NCCL", said) else None)
+        if text is None:
+            raise
+        leave(2, f"{Path(sys.argv[0]).name}: {text}")
+    if dist.is_initialized() and not code:
+        dist.destroy_process_group()
+    leave(code)
+
+
+launch.begun = False                                # is there something in --out to --resume?
 
 
 # ---- files: download, GLUE's TSV, SQuAD's JSON
@@ -105,7 +182,7 @@ def fetch(data, task):
 
 def unzip(archive, member, path):
     """One member of a zip to path, whole or not at all; a zip with any member that points outside is refused."""
-    with blame((zipfile.BadZipFile, zlib.error, KeyError), f"{archive} is no whole zip with {member} in it: delete it and try again"):
+    with blame(Exception, f"{archive} is no whole zip with {member} in it ({{}}): delete it and try again"):    # damage has many names
         with zipfile.ZipFile(archive) as z:
             outside = any(re.match(r"[/\\]|.*(^|[/\\])\.\.([/\\]|$)|.:", name) for name in z.namelist())
             demand(not outside, f"{archive} has a member that points outside its folder: delete it, and put {path} there yourself")
@@ -122,7 +199,7 @@ def read_text(path):
     return text
 
 
-def read_tsv(path, texts, label, labels):
+def read_tsv(path, texts, label, labels, say=print):
     """([(text, text2 or None, label)], labels) of a TSV without quoting; a label is its place in labels, or a float if that is None.
 
     Some of GLUE's QQP rows are cut short: up to one row in a thousand is left out, with a word; more is a mistake."""
@@ -137,7 +214,7 @@ def read_tsv(path, texts, label, labels):
     short = [n for n, row in rows if len(row) <= max(columns)]
     demand(len(short) <= len(rows) / 1000, f"{path}, line {[*short, 0][0]}: fewer columns than the {max(columns) + 1} needed: complete it")
     if short:
-        print(f"{path}: left out {len(short)} rows that are cut short, the first in line {short[0]}")
+        say(f"{path}: left out {len(short)} rows that are cut short, the first in line {short[0]}")
     rows = [(n, [row[c] for c in columns]) for n, row in rows if len(row) > max(columns)]
     labels = sorted({row[-1] for _, row in rows}) if labels == [] else labels
     demand(rows and (labels is None or len(labels) > 1), f"{path} holds {'one class only' if rows else 'no rows'}: put the data set's own there")

@@ -377,6 +377,15 @@ def test_a_few_short_rows_are_left_out(tmp_path, capsys, rows, short, fine):
             read("qqp", path)
 
 
+def test_only_the_first_process_tells_of_short_rows(make_task, tmp_path, monkeypatch, capsys):
+    head, rows = "question1\tquestion2\tis_duplicate", [f"w{i}\tw{i}\t{i % 2}" for i in range(1000)]
+    write(tmp_path / "glue/QQP/train.tsv", "\n".join([head, *rows, "w1"]))
+    write(tmp_path / "glue/QQP/dev.tsv", "\n".join([head, *rows[:4]]))
+    for rank, told in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        assert len(make_task("qqp").train) == 1000 and capsys.readouterr().out.count("left out 1 row") == told
+
+
 BAD_TSV = [
     ("sst2", "sentence\tlabel\nA\t1\nB\tgood\nC\t0\n", ["line 3", "good"]),                   # a label that is none
     ("sst2", "sentence\tlabel\nA\t1\nB\t2\n", ["line 3", "2"]),
@@ -666,13 +675,15 @@ def test_unzip_refuses_members_outside(tmp_path, name):
     assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == [archive]
 
 
-@pytest.mark.parametrize("damage", ["half", "text", "no member", "crc", "deflate"])
+@pytest.mark.parametrize("damage", ["half", "text", "no member", "crc", "deflate", "encrypted", "method"])
 def test_unzip_refuses_a_damaged_zip(tmp_path, damage):
-    """Half a zip, a web page under its name, a zip of another task, one with flipped bytes: a sentence, and no file."""
+    """Half a zip, a web page under its name, a zip of another task, one with flipped bytes, a password, by a method of its own: a sentence, and no file."""
     archive, path = make_zip(tmp_path / "z/a.zip", "x" if damage == "no member" else "CoLA/dev.tsv", store=damage == "crc"), tmp_path / "data/dev.tsv"
     raw = archive.read_bytes()
     at = 30 + len("CoLA/dev.tsv")                                               # a local header is 30 bytes and the name
-    archive.write_bytes(dict(half=raw[:len(raw) // 2], text=b"<html>Not found</html>", crc=raw[:at] + b"X" + raw[at + 1:],
+    entry = raw.rindex(b"PK\1\2")                                                # the directory's entry: flags at 8, method at 10; the header's at 6, 8
+    secret = raw[:6] + b"\1" + raw[7:entry + 8] + b"\1" + raw[entry + 9:]
+    archive.write_bytes(dict(encrypted=secret, method=raw[:8] + b"\x63" + raw[9:entry + 10] + b"\x63" + raw[entry + 11:], half=raw[:len(raw) // 2], text=b"<html>Not found</html>", crc=raw[:at] + b"X" + raw[at + 1:],
                              deflate=raw[:at] + b"\xff" * 4 + raw[at + 4:]).get(damage, raw))       # 11 in bits 1, 2: no block type of deflate
     with mistake(archive):
         common.unzip(archive, "CoLA/dev.tsv", path)

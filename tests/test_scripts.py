@@ -4,11 +4,15 @@ says to a mistake. Expected values come from plain transformers, safetensors and
 Most runs go through a worker, one Python process that runs script after script as __main__ and so starts torch once; those that are
 about processes (killed ones, torchrun, the same bytes from another process) start their own.
 """
+import argparse
 import collections
+import contextlib
+import fcntl
 import importlib
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
@@ -16,7 +20,6 @@ import signal
 import string
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +105,115 @@ def call(tmp_path_factory):
     yield ask
     worker.stdin.close()
     worker.wait(timeout=60)
+
+
+# Forks a fresh process for each run, so that it may be killed. It starts no threads of its own: the children inherit none that are gone.
+# every: a checkpoint at each step. cut: [a file's name, n]: at the n-th sync of that file it is cut in half and the process killed; for
+# model.safetensors, which transformers writes, when it has been written. fail: [name, n, errno]: there the system says no. when, after,
+# signal: so many seconds after the text has been printed the process gets the signal. ascii: its terminal has no other characters. patch:
+# Python to run first. world: 1, or 2 processes as torchrun would start them; the second's output goes to files of its own.
+FORKER = r'''
+import json, os, runpy, signal, socket, sys, time, traceback
+import transformers.models.bert.modeling_bert
+import common
+
+common.load_config(str(common.MINI / "bert"))           # what transformers imports late is imported
+checkpoint, fsync, save, written = common.Run.checkpoint, os.fsync, transformers.PreTrainedModel.save_pretrained, []
+
+
+def child(ask, rank):
+    def every_step(self, step, **parts):
+        self.next_write = 0.0
+        checkpoint(self, step, **parts)
+
+    def die(fd):
+        os.ftruncate(fd, os.fstat(fd).st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def synced(fd):
+        name = os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
+        written.append(name)
+        for what in ("cut", "fail"):
+            if ask[what] and name.startswith(ask[what][0]) and sum(w.startswith(ask[what][0]) for w in written) == ask[what][1]:
+                if what == "cut":
+                    die(fd)
+                raise OSError(ask["fail"][2], os.strerror(ask["fail"][2]), name)
+        fsync(fd)
+
+    def saved(self, folder, **more):
+        save(self, folder, **more)
+        if ask["cut"] and ask["cut"][0] == "model.safetensors":
+            die(os.open(os.path.join(folder, "model.safetensors"), os.O_RDWR))
+
+    signal.alarm(60)                                    # no run of these tests takes so long
+    signal.signal(signal.SIGINT, signal.default_int_handler)        # which a shell's background jobs do without
+    os.chdir(ask["cwd"])
+    for fd, path in ((1, ask["out"]), (2, ask["err"])):
+        os.dup2(os.open(path + "1" * rank, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+    if ask["world"] > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ask["world"]), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ask["port"]))
+    exec(ask["patch"], {})
+    os.fsync, transformers.PreTrainedModel.save_pretrained = synced, saved
+    if ask["ascii"]:
+        sys.stdout.reconfigure(encoding="ascii", errors="strict")
+    if ask["every"]:
+        common.Run.checkpoint = every_step
+    sys.argv = [ask["script"], *ask["flags"]]
+    runpy.run_path(ask["script"], run_name="__main__")
+
+
+answers = os.fdopen(os.dup(1), "w")
+for line in sys.stdin:
+    ask = json.loads(line)
+    open(ask["out"], "w").close()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        ask["port"] = free.getsockname()[1]
+    pids = []
+    for rank in range(ask["world"]):
+        pids.append(os.fork())
+        if pids[-1]:
+            continue
+        code = 1
+        try:
+            child(ask, rank)
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    pid, ended, begun = pids[0], (0, 0), None
+    while ask["signal"] and not ended[0]:
+        if begun is None and ask["when"] in open(ask["out"]).read():
+            begun = time.time()
+        if begun is not None and time.time() - begun >= ask["after"]:
+            os.kill(pid, ask["signal"])
+            ask["after"] += 5                           # again, if Python lost it: an interrupt within a __del__ is ignored
+        time.sleep(0.005)
+        ended = os.waitpid(pid, os.WNOHANG)
+    status = ended[1] if ended[0] else os.waitpid(pid, 0)[1]
+    print(*(os.waitstatus_to_exitcode(s) for s in [status, *(os.waitpid(pid, 0)[1] for pid in pids[1:])]), file=answers, flush=True)
+'''
+
+
+@pytest.fixture(scope="session")
+def fork(tmp_path_factory):
+    """fork(script, *flags, cwd, every, ...) -> Ended, of a process of its own, or with world=2 [Ended, Ended]: see FORKER."""
+    folder = tmp_path_factory.mktemp("forks")
+    forker = subprocess.Popen([sys.executable, "-c", FORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENV)
+
+    def ask(script, *flags, cwd, every=False, cut=None, fail=None, when="", after=0.0, signal=0, ascii=False, patch="", world=1):
+        out, err = folder / "out", folder / "err"
+        print(json.dumps(dict(script=str(ROOT / f"{script}.py"), flags=[str(f) for f in flags], cwd=str(cwd), out=str(out), err=str(err),
+                              every=every, cut=cut, fail=fail, when=when, after=after, signal=signal, ascii=ascii, patch=patch, world=world)), file=forker.stdin, flush=True)
+        answer = forker.stdout.readline()
+        assert answer, f"the forker died in {script} {flags}"
+        both = [Ended(int(code), Path(f"{out}{rank}").read_text(), Path(f"{err}{rank}").read_text()) for code, rank in zip(answer.split(), ("", "1"))]
+        return both if world > 1 else both[0]
+    yield ask
+    forker.stdin.close()
+    forker.wait(timeout=60)
 
 
 def spawn(*command, cwd, timeout=120):
@@ -462,9 +574,10 @@ def test_distillation_loss():
 # ---- the same bytes: twice, stopped, killed
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_same_seed_same_bytes_in_another_process(trained, data, script, tmp_path):
+def test_same_seed_same_bytes_in_another_process(trained, fork, data, script, tmp_path):
     _, out = trained(script, "squad", 0.1)
-    ended = spawn(ROOT / f"{script}.py", "--task", "squad", "--sparsity", 0.1, "--data", data, "--out", "again", *SHORT, cwd=tmp_path)
+    start = (lambda *flags: spawn(ROOT / f"{script}.py", *flags, cwd=tmp_path)) if script == SCRIPTS[0] else (lambda *flags: fork(script, *flags, cwd=tmp_path))
+    ended = start("--task", "squad", "--sparsity", 0.1, "--data", data, "--out", "again", *SHORT)
     assert ended.code == 0 and ended.err == "" and RESULT.fullmatch(ended.out.splitlines()[-1])
     assert same_bytes(out, tmp_path / "again")
     assert json.loads((out / "result.json").read_text())["metrics"] == json.loads((tmp_path / "again/result.json").read_text())["metrics"]
@@ -490,57 +603,124 @@ def test_stopped_and_resumed(trained, call, data, script, tmp_path):
     assert again.code == 0 and again.out.splitlines()[-1] == ended.out.splitlines()[-1] and tree(tmp_path) == before
 
 
-# Runs a script with a checkpoint at every step; at the n-th checkpoint's sync the file is cut in half and the process killed.
-KILLER = r'''
-import os, runpy, signal, sys
-import common
-
-n, checkpoint, fsync, written = int(sys.argv[1]), common.Run.checkpoint, os.fsync, []
+def steps_logged(out):
+    return [row["step"] for row in map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines()) if "step" in row]
 
 
-def every_step(self, step, **parts):
-    self.next_write = 0.0
-    checkpoint(self, step, **parts)
-
-
-def cut_and_die(fd):
-    if "checkpoint" in os.readlink(f"/proc/self/fd/{fd}"):
-        written.append(fd)
-        if len(written) == n:
-            os.ftruncate(fd, os.fstat(fd).st_size // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
-    fsync(fd)
-
-
-common.Run.checkpoint, os.fsync = every_step, cut_and_die
-sys.argv = sys.argv[2:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-'''
-
-
-def test_killed_and_resumed(call, data, tmp_path):
-    """SIGKILL in the middle of the first checkpoint, in the middle of the third, at a random moment; then the run's own end."""
-    flags = ["--task", "squad", "--sparsity", "0.1", "--data", str(data), "--out", "o", "--steps", "60", "--batch_size", "4"]
-    script, out = str(ROOT / "soft_mvp.py"), tmp_path / "o"
-    assert call("soft_mvp", *flags[:-6], "--out", "whole", *flags[-4:], cwd=tmp_path).code == 0
-    first = spawn("-c", KILLER, 1, script, *flags, cwd=tmp_path)
-    assert first.code == -signal.SIGKILL and not (out / "checkpoint.pt").exists() and not (out / "result.json").exists()
-    second = spawn("-c", KILLER, 3, script, *flags, "--resume", cwd=tmp_path)
-    assert second.code == -signal.SIGKILL and "starts again from step 0" in second.out
-    good = torch.load(out / "checkpoint.pt", weights_only=True)
-    assert good["step"] == 2                                                        # the third was cut: the second still stands
-    third = subprocess.Popen([sys.executable, "-c", KILLER, "0", script, *flags, "--resume"], cwd=tmp_path, env=ENV, stdout=subprocess.PIPE, text=True)
-    line = next(line for line in third.stdout if "going on" in line)
-    time.sleep(random.Random(0).uniform(0.05, 0.4))
-    third.kill()
-    third.communicate()
-    assert line == "going on from step 2\n" and third.returncode == -signal.SIGKILL
-    last = call("soft_mvp", *flags, "--resume", cwd=tmp_path)
-    assert last.code == 0 and "going on from step" in last.out and RESULT.fullmatch(last.out.splitlines()[-1])
-    assert same_bytes(out, tmp_path / "whole")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_killed_and_resumed(trained, fork, data, script, tmp_path):
+    """SIGKILL in the middle of a checkpoint, of the model's file, and twice at a random moment; then to the end: the same bytes."""
+    rng, out = random.Random(script), tmp_path / "o"
+    flags = ["--task", "squad", "--sparsity", "0.1", "--data", str(data), "--out", "o", *SHORT]
+    kills = [dict(cut=["checkpoint.pt", rng.randint(2, 5)]), dict(cut=["model.safetensors", 1]),
+             *(dict(when="\nstep ", after=rng.uniform(0, 0.5), signal=signal.SIGKILL) for _ in range(2))]
+    rng.shuffle(kills)
+    for n, kill in enumerate(kills):
+        ended = fork(script, *flags, *["--resume"] * (n > 0), cwd=tmp_path, every=True, **kill)
+        assert (ended.code, ended.err) in ((-signal.SIGKILL, ""), (0, "")), ended
+        if ended.code == 0:                                                         # a random moment after its end
+            break
+        assert not (out / "result.json").exists() or "RESULT" in (out / "result.json").read_text()
+        if (out / "checkpoint.pt").exists():                                        # whole, whatever was being written
+            assert 1 <= torch.load(out / "checkpoint.pt", weights_only=True)["step"] < 12
+    assert n > 0
+    ended = fork(script, *flags, "--resume", cwd=tmp_path)
+    assert ended.code == 0 and ("going on from step" in ended.out or "this run is finished" in ended.out), ended
+    assert same_bytes(out, trained(script, "squad", 0.1)[1])
+    steps = steps_logged(out)
+    assert steps == sorted(set(steps)) and steps[-1] == 12
     assert not [f.name for f in out.iterdir() if f.name.endswith((".part", ".pt"))]
-    steps = [row["step"] for row in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "step" in row]
-    assert steps == sorted(set(steps)), "log.jsonl holds the lines of the run that was killed before its first checkpoint as well"
+
+
+def test_killed_wherever_a_file_is_written(trained, fork, data, tmp_path):
+    """The n-th write of each of a run's files, cut in half: log.jsonl before the first step, the first checkpoint, the third, log.jsonl once
+    more as the run goes on, the model, result.json."""
+    flags, out = ["--task", "squad", "--sparsity", "0.1", "--data", str(data), "--out", "o", *SHORT], tmp_path / "o"
+    kills = [("log.jsonl", 1, None), ("checkpoint.pt", 1, None), ("checkpoint.pt", 3, 2), ("log.jsonl", 1, 2), ("model.safetensors", 1, 11),
+             ("result.json", 1, 11)]
+    for name, n, step in kills:
+        resume = ["--resume"] * (out / "log.jsonl").exists()
+        ended = fork("soft_mvp", *flags, *resume, cwd=tmp_path, every=True, cut=[name, n])
+        assert ended.code == -signal.SIGKILL and ended.err == "" and not (out / "result.json").exists(), ended
+        assert (torch.load(out / "checkpoint.pt", weights_only=True)["step"] if (out / "checkpoint.pt").exists() else None) == step, (name, n)
+        assert (out / f"{name}.part").exists() or name == "model.safetensors"       # half of it, under another name
+        with open(out / "log.jsonl", "a") if step else open(os.devnull, "a") as f:
+            f.write('{"phase": "fine-tuning", "step": 1')                           # killed within a log line
+    ended = fork("soft_mvp", *flags, "--resume", cwd=tmp_path)
+    assert ended.code == 0 and "going on from step 11" in ended.out and same_bytes(out, trained("soft_mvp", "squad", 0.1)[1])
+    assert steps_logged(out)[-1] == 12 and not [f.name for f in out.iterdir() if f.name.endswith((".part", ".pt"))]
+    again = fork("soft_mvp", *flags[:6], "--out", str(out), *SHORT, "--resume", cwd=tmp_path)          # the same folder in other words
+    assert again.code == 0 and "this run is finished" in again.out
+
+
+def a_run(out, **flags):
+    args = dict(task="squad", sparsity=0.1, preset="mini", model=None, data=None, teacher=None, out=str(out), resume=False, seed=0, steps=9,
+                batch_size=4, lr=1e-3, device="cpu")
+    return common.Run("mvp.py", argparse.Namespace(**args | flags), {"mini": {"*": {}}})
+
+
+@pytest.mark.parametrize("stop", range(1, 14))
+def test_a_run_of_two_phases_stopped_in_either(tmp_path, capsys, stop):
+    """Five steps of one net, then nine of another that begins where it ended; a checkpoint at every other step. Stopped after any step, and
+    once more three steps later: the numbers of the run never stopped, and every step in the log once."""
+    class Stop(Exception):
+        pass
+
+    def two_phases(out, resume, left):
+        run, first, second = a_run(out, resume=resume), torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+        for net, more in ((first, dict(phase="pre-training", steps=5)), (second, {})):
+            optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+            if net is second:
+                net.load_state_dict(first.state_dict())
+            for step in range(run.restore(model=net, optimizer=optimizer, **more), more.get("steps", 9)):
+                run.seed_step(step)
+                loss = (net(torch.randn(4, 3)) ** 2).sum()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                run.next_log, run.next_write = 0.0, 0.0 if step % 2 else math.inf
+                run.log(step + 1, loss, 0.0, lambda: 1.0, None, 0.1)
+                run.checkpoint(step + 1, model=net, optimizer=optimizer)
+                left -= 1
+                if left == 0:
+                    raise Stop
+        return torch.cat([p.flatten() for p in net.parameters()])
+    whole = two_phases(tmp_path / "whole", False, math.inf)
+    with pytest.raises(Stop):
+        two_phases(tmp_path / "o", False, stop)
+    with contextlib.suppress(Stop):
+        two_phases(tmp_path / "o", True, 3)
+    assert torch.equal(two_phases(tmp_path / "o", True, math.inf), whole)
+    rows = [(row["phase"], row["step"]) for row in map(json.loads, (tmp_path / "o/log.jsonl").read_text().splitlines()[1:])]
+    assert rows == [("pre-training", n) for n in range(1, 6)] + [("fine-tuning", n) for n in range(1, 10)]
+
+
+def test_a_checkpoint_takes_two_percent_of_the_time(tmp_path, monkeypatch, capsys):
+    """On a clock of the test's own: whatever a step, a write and the run take, from the first write on; and the log says how often."""
+    for parameters, step_takes, write_takes, steps in ((10 ** 6, 0.05, 0.01, 9000), (10 ** 8, 0.2, 3.0, 9000), (10 ** 8, 0.2, 30.0, 90_000),
+                                                       (10 ** 6, 3.0, 2.0, 900), (10 ** 8, 0.1, 3.0, 1000)):
+        clock, writes, model = [1000.0], [], torch.nn.Linear(1, 1)
+        model.weight = torch.nn.Parameter(torch.empty(parameters, device="meta"))
+
+        def write(path, text):
+            if str(path).endswith("checkpoint.pt"):
+                writes.append(clock[0])
+                clock[0] += write_takes
+        monkeypatch.setattr(common.time, "time", lambda: clock[0])
+        monkeypatch.setattr(common, "write_whole", write)
+        run = a_run(tmp_path / "o", steps=steps)
+        monkeypatch.setattr(run, "begin", lambda: (tmp_path / "log.jsonl").write_text(""))
+        run.out = tmp_path
+        for step in range(run.restore(model=model), steps):
+            clock[0] += step_takes
+            run.checkpoint(step + 1, model=model)
+        total, out = clock[0] - 1000, capsys.readouterr().out
+        assert len(writes) * write_takes <= 0.02 * total, (parameters, step_takes, write_takes, len(writes), total)
+        if steps * step_takes > 1000:
+            assert len(writes) >= min(0.01 * total / write_takes, total / 10), (len(writes), total)      # and not much rarer
+            every = float(re.findall(r"checkpoint at step \d+, written in [\d.]+ s; from now on one every (\d+) s", out)[0])
+            gaps = np.diff(writes)
+            assert abs(np.median(gaps) - write_takes - every) <= 1 + step_takes
 
 
 def test_disk_full(call, data, tmp_path):
@@ -555,31 +735,82 @@ def test_disk_full(call, data, tmp_path):
     assert call("mvp", *flags, "--resume", cwd=tmp_path).code == 0
 
 
+def test_disk_full_in_the_small_files(fork, data, tmp_path):
+    """At the first line of the log, at a checkpoint, at result.json, and with a quota: one sentence each; what was there stays, and the run
+    goes on from it. So with a file that may not be written."""
+    flags, out = ["--data", str(data), "--out", "o", *SHORT], tmp_path / "o"
+    assert "o" in one_sentence(fork("mvp", *flags, cwd=tmp_path, fail=["log.jsonl", 1, 28])) and not (out / "log.jsonl").exists()
+    for name, n, errno, step in (("checkpoint.pt", 3, 28, 2), ("checkpoint.pt", 3, 122, 4), ("result.json", 1, 28, 11), ("result.json", 1, 13, 11)):
+        ended = fork("mvp", *flags, *["--resume"] * (step > 2), cwd=tmp_path, every=True, fail=[name, n, errno])
+        assert ("Permission denied" if errno == 13 else "the disk is full") in one_sentence(ended) and ended.err.endswith(" --out o --steps 12 --batch_size 8 --resume\n")
+        assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == step and not (out / "result.json").exists()
+        assert not list(out.glob("*.part"))
+    assert fork("mvp", *flags, "--resume", cwd=tmp_path).code == 0
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ctrl_c(fork, script, tmp_path):
+    """A real SIGINT, in training and before: the words say how to go on, and those words work."""
+    flags = ["--out", "o", "--steps", "100000", "--batch_size", "8"]                                   # all of mini's data: a second or two to read
+    ended = fork(script, *flags, cwd=tmp_path, when="keeps", signal=signal.SIGINT)                      # before anything is written ...
+    assert ended.code == 130 and "Traceback" not in ended.err and not (tmp_path / "o").exists()
+    assert ended.err == f"\nstopped; to go on: python {ROOT / script}.py {' '.join(flags)}\n"            # ... there is nothing to resume
+    ended = fork(script, *flags, cwd=tmp_path, when="\nstep ", after=0.1, signal=signal.SIGINT)
+    assert ended.code == 130 and ended.err == f"\nstopped; to go on: python {ROOT / script}.py {' '.join(flags)} --resume\n"
+    ended = fork(script, *flags, "--resume", cwd=tmp_path, when="\nstep ", signal=signal.SIGINT)
+    assert ended.code == 130 and "starts again from step 0" in ended.out and ended.err.count("--resume") == 1
+
+
+def test_one_run_at_a_time(call, data, tmp_path, monkeypatch, capsys):
+    """A run holds its folder to its end; another in that folder is a mistake that changes nothing, resumed or not."""
+    def free(folder):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(fd)
+    log, seen, flags = common.Run.log, [], ["--data", str(data), "--preset", "mini", "--device", "cpu", *SHORT]
+    monkeypatch.setattr(common.Run, "log", lambda self, *row: (seen.append(free(tmp_path / "p")), log(self, *row)))
+    with pytest.raises(SystemExit):
+        common.launch(MODULES["mvp"].main, MODULES["mvp"].flags().parse_args([*flags, "--out", str(tmp_path / "p")]))
+    assert seen == [False] * 12 and free(tmp_path / "p")
+    assert call("mvp", *flags, "--out", "o", cwd=tmp_path, interrupt=8).code == 130
+    before, fd = tree(tmp_path), os.open(tmp_path / "o", os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    for resume in ([], ["--resume"]):
+        assert "in use" in one_sentence(call("mvp", *flags, "--out", "o", *resume, cwd=tmp_path)) and tree(tmp_path) == before
+    os.close(fd)
+    assert call("mvp", *flags, "--out", "o", "--resume", cwd=tmp_path).code == 0
+
+
+def test_a_terminal_without_our_characters(fork, data, tmp_path):
+    """The bars of the report are not worth a run's end; nor is a folder with an umlaut, or a seed of thirty digits."""
+    ended = fork("mvp", "--data", data, "--out", "ö", "--seed", 10 ** 30, *SHORT, cwd=tmp_path, ascii=True)
+    assert ended.code == 0 and ended.err == "" and ended.out.splitlines()[-1].startswith("RESULT") and (tmp_path / "ö/result.json").exists()
+
+
 # ---- two processes
 
+# Hashes each step's masks; with STOP writes a checkpoint at the sixth step and is stopped at the eighth; with SLOW rank 0 is slow to make its
+# files whole, while rank 1 looks into --out at the worst moment.
 SPY = r'''
-import hashlib, os, runpy, sys, time
+import hashlib, os, time
 import common
 
-replace, say = os.replace, common.Run.say
+rank, replace, say, prunable, log, checkpoint, seen = os.environ["RANK"], os.replace, common.Run.say, common.prunable, common.Run.log, common.Run.checkpoint, {}
 
 
-def slow_replace(part, path):                           # rank 0 is slow to make its files whole ...
-    time.sleep(1.0 if str(path).endswith("log.jsonl") else 0)
+def slow_replace(part, path):
+    time.sleep(0.5 if str(path).endswith("log.jsonl") else 0)
     replace(part, path)
 
 
-def late(self, text):                                   # ... while rank 1 looks into --out at the worst moment
-    time.sleep(0.5)
+def late(self, text):
+    time.sleep(0.25)
     common.Run.say = say
-
-
-if os.environ["RANK"] == "0":
-    os.replace = slow_replace
-else:
-    common.Run.say = late
-
-prunable, log, seen = common.prunable, common.Run.log, {}
 
 
 def spied_prunable(model):
@@ -589,15 +820,25 @@ def spied_prunable(model):
 
 def spied_log(self, step, *more):
     masks = b"".join((m.weight != 0).detach().numpy().tobytes() for m in seen["weights"].values())
-    with open(f"masks{self.rank}", "a") as f:
+    with open(f"masks{rank}", "a") as f:
         print(step, hashlib.sha1(masks).hexdigest(), file=f)
     log(self, step, *more)
 
 
-common.prunable, common.Run.log = spied_prunable, spied_log
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+def spied_checkpoint(self, step, **parts):
+    self.next_write = 0.0 if step == 6 else float("inf")
+    checkpoint(self, step, **parts)
+    if step == 8 and STOP:
+        raise KeyboardInterrupt
+
+
+if SLOW and rank == "0":
+    os.replace = slow_replace
+elif SLOW:
+    common.Run.say = late
+common.prunable, common.Run.log, common.Run.checkpoint = spied_prunable, spied_log, spied_checkpoint
 '''
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
 def moved(folder):
@@ -610,27 +851,86 @@ def cosine(a, b):
     return float(a @ b / (a.norm() * b.norm()))
 
 
-@pytest.mark.parametrize("script", [SCRIPTS[0], SCRIPTS[-1]])
-def test_two_processes(trained, data, script, tmp_path):
-    """torchrun on two gloo processes: one RESULT, the same kept, the same masks on both at every step, and about those of one process."""
-    (tmp_path / "spy.py").write_text(SPY)
-    ended = spawn("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "spy.py", ROOT / f"{script}.py", "--task", "squad",
-                  "--sparsity", 0.1, "--data", data, "--out", "o", *SHORT, cwd=tmp_path)
-    assert ended.code == 0 and "Traceback" not in ended.err, ended
-    results = [line for line in ended.out.splitlines() if line.startswith("RESULT")]
-    assert len(results) == 1 and sum(line.startswith(f"{script} squad") for line in ended.out.splitlines()) == 1
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_processes(trained, fork, data, script, tmp_path):
+    """On two gloo processes: one RESULT, the same kept, the same masks on both at every step, and about those of one process. Stopped at the
+    eighth step both go on from rank 0's checkpoint of the sixth, with the masks that they would have had, to the same bytes."""
+    def run(out, stop, *flags):
+        for rank in (0, 1):
+            (tmp_path / f"masks{rank}").unlink(missing_ok=True)
+        one, other = fork(script, "--task", "squad", "--sparsity", 0.1, "--data", data, "--out", out, *SHORT, *flags, cwd=tmp_path, world=2,
+                          patch=f"STOP, SLOW = {stop}, {out == 'o'}\n{SPY}")
+        assert (other.out, other.err) == ("", "") and one.code == other.code, (one, other)                   # rank 1 prints nothing
+        masks = [(tmp_path / f"masks{rank}").read_text().splitlines() for rank in (0, 1)]
+        assert masks[0] == masks[1]
+        return one, masks[0]
+    ended, masks = run("o", False)
+    assert (ended.code, ended.err) == (0, "") and [line.split()[0] for line in masks] == [str(n) for n in range(1, 13)]
+    assert len({line.split()[1] for line in masks}) > (1 if script == "mgpp" else 3)                                  # mgpp: every 10th step
+    assert ended.out.count("RESULT") == 1 and sum(line.startswith(f"{script} squad") for line in ended.out.splitlines()) == 1
     _, alone = trained(script, "squad", 0.1)
     assert nonzero(tmp_path / "o") == nonzero(alone)
-    both = [(tmp_path / f"masks{rank}").read_text() for rank in (0, 1)]
-    assert both[0] == both[1] and both[0].count("\n") == 12 and len(set(both[0].split()[1::2])) > (1 if script == "mgpp" else 3)     # every 10th step
     # the same global batch, its gradient averaged: biases and LayerNorms move as in one process, and not as with other batches
     assert cosine(moved(tmp_path / "o"), moved(alone)) > 0.9 > 0.5 > cosine(moved(trained(script, "squad", 0.1, "--seed", "1")[1]), moved(alone))
+    stopped, first = run("p", True)
+    assert stopped.code == 130 and first == masks[:8] and re.fullmatch(rf"\nstopped; to go on: torchrun \.\.\. \S*{script}\.py .*--resume\n", stopped.err)
+    ended, rest = run("p", False, "--resume")
+    assert (ended.code, ended.err) == (0, "") and "going on from step 6" in ended.out and rest == masks[6:]
+    assert same_bytes(tmp_path / "o", tmp_path / "p")
 
 
-def test_a_batch_that_cannot_be_split(data, tmp_path):
-    ended = spawn("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "mvp.py", "--data", data, "--out", "o", "--batch_size", 7,
-                  "--steps", 2, cwd=tmp_path)
-    assert ended.code != 0 and "--batch_size 7 cannot be split over 2 processes" in ended.err and not (tmp_path / "o").exists()
+def test_torchrun(trained, data, tmp_path):
+    """The command of README, on two processes."""
+    ended = spawn(*TORCHRUN, ROOT / "magnitude.py", "--task", "squad", "--sparsity", 0.1, "--data", data, "--out", "o", *SHORT, cwd=tmp_path)
+    assert ended.code == 0 and ended.err == "" and ended.out.count("RESULT") == 1 and "cpu x 2" in ended.out
+    assert nonzero(tmp_path / "o") == nonzero(trained("magnitude", "squad", 0.1)[1])
+
+
+# Sends a signal at the third step: to this process of two, or to torchrun itself.
+SIGNALLED = r'''
+import os, runpy, signal, sys
+import common
+
+number, whom, log = int(sys.argv[1]), sys.argv[2], common.Run.log
+
+
+def signalled(self, step, *more):
+    log(self, step, *more)
+    if step == 3 and os.environ["RANK"] == ("0" if whom == "torchrun" else whom):
+        os.kill(os.getppid() if whom == "torchrun" else os.getpid(), number)
+
+
+common.Run.log = signalled
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv = sys.argv[3:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+'''
+
+
+@pytest.mark.parametrize("number, whom", [(signal.SIGKILL, 1), (signal.SIGKILL, 0), (signal.SIGINT, "torchrun")])
+def test_a_process_of_two_that_dies_ends_the_run(data, tmp_path, number, whom):
+    """With a message: torchrun's own, and none of ours but, at Ctrl-C, one on how to go on; nobody waits for the dead."""
+    (tmp_path / "signalled.py").write_text(SIGNALLED)
+    ended = spawn(*TORCHRUN, "signalled.py", int(number), whom, ROOT / "mvp.py", "--data", data, "--out", "o", "--steps", 500, "--batch_size", 8,
+                  cwd=tmp_path, timeout=60)
+    assert ended.code != 0 and "RESULT" not in ended.out
+    assert "SIGKILL" in ended.err if number == signal.SIGKILL else ended.err.count("stopped; to go on: torchrun ... ") == 1
+    assert "[rank" not in ended.err and not re.search(r"Error: .*(gloo|peer)", ended.err), ended.err            # no traceback from our files
+    assert sum(line.startswith("mvp.py: ") for line in ended.err.splitlines()) <= (whom == 1)                  # if torchrun leaves it the time
+
+
+@pytest.mark.parametrize("flags, words", [(["--batch_size", 7], "--batch_size 7 cannot be split over 2 processes"), (["--steps", 0], "--steps")])
+def test_a_mistake_of_two_processes_is_told_once(data, tmp_path, flags, words):
+    ended = spawn(*TORCHRUN, ROOT / "mvp.py", "--data", data, "--out", "o", "--steps", 2, *flags, cwd=tmp_path)
+    assert ended.code != 0 and sum(words in line for line in ended.err.splitlines()) == 1 and not (tmp_path / "o").exists(), ended.err
+
+
+def test_what_befalls_another_process_alone_is_told(data, tmp_path):
+    """As on a second machine that has not all the files, or a second GPU that is not there: rank 1 says it, and the run ends."""
+    (tmp_path / "alone.py").write_text("import os, runpy, sys\nimport common\nif os.environ['RANK'] == '1':\n    sys.argv += ['--device', 'cuda:7']\n"
+                                       "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n")
+    ended = spawn(*TORCHRUN, "alone.py", ROOT / "mvp.py", "--data", data, "--out", "o", "--steps", 2, cwd=tmp_path)
+    assert ended.code != 0 and sum(line.startswith("mvp.py: --device cuda:7") for line in ended.err.splitlines()) == 1, ended.err
 
 
 # ---- mistakes
@@ -642,7 +942,7 @@ WRONG_FLAGS = {
     **{f"batch {n}": ["--batch_size", n] for n in ("0", "-8", "8.5")},
     **{f"lr {x}": ["--lr", x] for x in ("-0.5", "0", "nan", "inf", "fast")},
     "seed -1": ["--seed", "-1"], "seed x": ["--seed", "x"],
-    **{f"device {d}": ["--device", d] for d in ("abacus", "cuda:99", "cpu:x", "meta")},
+    **{f"device {d}": ["--device", d] for d in ("abacus", "cuda", "cuda:99", "cpu:x", "meta", "mps", "xpu", "hpu", "privateuseone")},
     "preset": ["--preset", "maxi"], "unknown flag": ["--sparsety", "0.1"], "abbreviated flag": ["--spars", "0.1"], "stray word": ["squad"],
 }
 OWN_FLAGS = {"--scope": ["everywhere"], "--score_lr": ["-1", "0", "nan"], "--penalty": ["-1", "nan", "inf", "much"]}
@@ -682,6 +982,14 @@ def test_mistakes_of_every_script(call, nothing_written, script):
 def test_data_that_is_not_there(call, nothing_written, task, file):
     assert f"nowhere/{file}" in one_sentence(call("mvp", "--task", task, "--data", "nowhere", "--out", "o", *SHORT, cwd=nothing_written))
     assert "mine.txt" in one_sentence(call("mvp", "--task", task, "--data", "mine.txt", "--out", "o", *SHORT, cwd=nothing_written))
+
+
+@pytest.mark.parametrize("task, file", [("squad", "squad/dev-v1.1.json"), ("mnli", "glue/MNLI/dev_mismatched.tsv"), ("qqp", "glue/QQP/dev.tsv")])
+def test_dev_file_that_is_not_there(call, data, tmp_path, task, file):
+    shutil.copytree(data, tmp_path / "d")
+    (tmp_path / "d" / file).unlink()
+    error = one_sentence(call("mvp", "--task", task, "--data", "d", "--out", "o", *SHORT, cwd=tmp_path))
+    assert f"d/{file}" in error and not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize("task", ["cola", "sst2", "mrpc", "stsb", "qnli", "rte", "tsv"])
@@ -756,6 +1064,62 @@ def test_out_that_cannot_be(call, data, nothing_written):
         assert out in error and "--out" in error
 
 
+def test_out_with_a_name_that_is_none(call, data, nothing_written):
+    """Bytes that are not UTF-8, which safetensors would refuse when the model is saved; a link to nowhere."""
+    assert "--out" in one_sentence(call("mvp", "--data", data, "--out", os.fsdecode(b"\xff"), *SHORT, cwd=nothing_written))
+    (nothing_written / "link").symlink_to("no/where")
+    assert "--out link" in one_sentence(call("mvp", "--data", data, "--out", "link", *SHORT, cwd=nothing_written))
+    assert (nothing_written / "link").is_symlink()
+
+
+def test_out_that_holds_the_log_of_another_program(call, data, tmp_path):
+    """log.jsonl is a common name: one that does not begin as ours is not ours, nor is the checkpoint.pt beside it."""
+    flags = ["--data", str(data), "--out", "o", *SHORT]
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o/checkpoint.pt").write_text("theirs")
+    for text in ("", "[]\n", "7\n", '{"loss": 1.5}\n', '{"args": [1]}\n', "epoch 1\n", b"\xff\n"):
+        (tmp_path / "o/log.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
+        before = tree(tmp_path)
+        for resume in ([], ["--resume"]):
+            assert "--out o" in one_sentence(call("mvp", *flags, *resume, cwd=tmp_path)) and tree(tmp_path) == before, text
+
+
+class Bomb:
+    """Unpickled, it makes a file."""
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_a_checkpoint_that_is_none(call, data, tmp_path):
+    """Cut short, empty, a text, of another program, a bomb: one sentence that names it, nothing changed, and nothing unpickled."""
+    flags, path = ["--data", str(data), "--out", "o", *SHORT], tmp_path / "o/checkpoint.pt"
+    assert call("mvp", *flags, cwd=tmp_path, interrupt=8).code == 130
+    good = torch.load(path, weights_only=True)
+    torch.save({"model": Bomb(tmp_path / "bang")}, tmp_path / "bomb.pt")
+    torch.save({key: part for key, part in good.items() if key != "optimizer"}, tmp_path / "part.pt")
+    torch.save(good | {"model": {k: v[:1] for k, v in good["model"].items()}}, tmp_path / "small.pt")
+    torch.save([1], tmp_path / "list.pt")
+    torch.load(tmp_path / "bomb.pt", weights_only=False)["model"].close()
+    (tmp_path / "bang").unlink()                                                    # the bomb does go off where it is let
+    texts = [path.read_bytes()[:n] for n in (0, 50_000, -100)] + [b"text", pickle.dumps(Bomb(tmp_path / "bang"), protocol=2)]
+    for content in texts + [(tmp_path / f"{name}.pt").read_bytes() for name in ("bomb", "part", "small", "list")]:
+        path.write_bytes(content)
+        before = tree(tmp_path)
+        assert "checkpoint.pt" in one_sentence(call("mvp", *flags, "--resume", cwd=tmp_path)) and tree(tmp_path) == before
+
+
+def test_a_model_that_is_a_bomb(call, data, nothing_written, tmp_path_factory):
+    model = tmp_path_factory.mktemp("bomb") / "model"
+    shutil.copytree(ROOT / "mini/bert", model, ignore=shutil.ignore_patterns("*.safetensors"))
+    for write in (torch.save, lambda bomb, path: path.write_bytes(pickle.dumps(bomb, protocol=2))):
+        write(Bomb(nothing_written / "bang"), model / "pytorch_model.bin")
+        for flag in ("--model", "--teacher"):
+            assert str(model) in one_sentence(call("mvp", flag, model, "--data", data, "--out", "o", *SHORT, cwd=nothing_written))
+
+
 def test_out_that_is_the_model_or_the_teacher(call, trained, data, tmp_path):
     shutil.copytree(trained("magnitude", "squad", 1)[1], tmp_path / "dense")
     before = tree(tmp_path)
@@ -782,6 +1146,13 @@ def test_resume_with_other_flags(call, data, script, tmp_path):
     for other in (["--seed", "1"], ["--lr", "1e-5"], ["--sparsity", "0.5"], ["--task", "qqp"], ["--steps", "13"], ["--batch_size", "4"]):
         error = one_sentence(call(script, *flags, *other, "--resume", cwd=tmp_path))
         assert other[0] in error and tree(tmp_path) == before
+
+
+def test_resume_with_a_result_that_is_none(call, data, tmp_path):
+    assert call("mvp", "--data", data, "--out", "o", *SHORT, cwd=tmp_path, interrupt=4).code == 130
+    for text in ("", "{}", "[]", '{"line": '):
+        (tmp_path / "o/result.json").write_text(text)
+        assert "o" in one_sentence(call("mvp", "--data", data, "--out", "o", *SHORT, "--resume", cwd=tmp_path))
 
 
 def test_resume_with_nothing(call, data, tmp_path):
