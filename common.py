@@ -12,14 +12,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoTokenizer, BertForPreTraining
 
-from tasks import (TASKS, Mistake, best_spans, blame, demand, download, em_f1, fetch, glue_metrics, mlm_nsp_batch, read_corpus, read_squad,
-                   read_tsv, squad_metrics, unzip, write_whole)
+from tasks import (MINI, TASKS, Corpus, Mistake, PreTraining, best_spans, blame, demand, download, em_f1, fetch, folder_whole,
+                   glue_metrics, mlm_nsp_batch, read_corpus, read_squad, read_tsv, squad_metrics, unzip, write_whole)
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-MINI = Path(__file__).resolve().parent / "mini"
 
 
 # ---- flags
@@ -93,7 +92,7 @@ class Run:
         if 0.5 < args.sparsity < 1:
             self.say(f"--sparsity is the share KEPT: {args.sparsity:g} keeps {args.sparsity:.0%}; did you mean {1 - args.sparsity:g}?")
         self.check_out()
-        self.before, self.started, self.next_log, self.next_write, self.phase = 0.0, time.time(), 0.0, 2.0, None    # before: --resume
+        self.before, self.started, self.next_log, self.next_write, self.phase, self.extra = 0.0, time.time(), 0.0, 2.0, None, {}   # before: --resume
         torch.manual_seed(args.seed)
 
     def check_out(self):
@@ -101,8 +100,8 @@ class Run:
         args, out, log = self.args, self.out, self.out / "log.jsonl"
         with blame((OSError, ValueError), f"--out {out} cannot be used ({{}}): give a folder that can be written"):
             held = set(os.listdir(out) if out.exists() else []) - {"log.jsonl.part"}
-            for flag in ("model", "teacher"):
-                same = getattr(args, flag) and Path(getattr(args, flag)).resolve() == out.resolve()
+            for flag in ("model", "teacher", "support"):
+                same = getattr(args, flag, None) and Path(getattr(args, flag)).resolve() in (out.resolve(), out.resolve() / "support")
                 demand(not same, f"--out {out} is the --{flag} folder and would overwrite it: give another")
             demand("log.jsonl" in held or not args.resume, f"--resume: {out} holds no run: give its --out, or leave --resume out")
             demand("log.jsonl" in held or not held, f"--out {out} holds files that are no run of ours: give a new folder")
@@ -178,19 +177,20 @@ class Run:
                     self.out.mkdir(parents=True, exist_ok=True)
                     for old in ("checkpoint.pt", "result.json"):
                         (self.out / old).unlink(missing_ok=True)
+                    self.args.resume or folder_whole(self.out / "support")          # on --resume it is complete, and of these flags
                     write_whole(log, json.dumps({"args": self.flags}) + "\n")
         self.barrier()                      # no process looks for the checkpoint before an old one is gone
         saved = torch.load(path, map_location=self.device, weights_only=True) if path.exists() else {}
-        if saved.get("phase") != phase:     # none, or that of an earlier phase, which is complete
-            return 0
-        for key, part in parts.items():
+        done = saved["step"] if saved.get("phase") == phase else 0          # 0: no checkpoint, or that of another phase
+        for key, part in parts.items() if done else ():
             part.update(saved[key]) if isinstance(part, dict) else part.load_state_dict(saved[key])
-        self.before, self.next_write = saved["seconds"], saved["seconds"] + self.next_write
-        self.say(f"going on from step {saved['step']}{f' of {phase}' if steps else ''}")
-        if self.rank == 0:                  # lines logged after the checkpoint will be logged again
+        if first and saved:                 # the seconds of an earlier phase count too
+            self.before, self.next_write = saved["seconds"], saved["seconds"] + self.next_write
+        self.say(f"going on from step {done}{f' of {phase}' if steps else ''}") if done else None
+        if self.rank == 0 and self.args.resume:             # lines logged after the checkpoint will be logged again
             lines = [line for line in log.read_text().splitlines(True) if line.endswith("\n")]
-            write_whole(log, "".join(x for x in lines if json.loads(x).get("phase") != phase or json.loads(x)["step"] <= saved["step"]))
-        return saved["step"]
+            write_whole(log, "".join(x for x in lines if json.loads(x).get("phase") != phase or json.loads(x)["step"] <= done))
+        return done
 
 
 def keeps(v):
@@ -328,6 +328,14 @@ def load_bert(run, task, name=None):
     return model.to(run.device).train()
 
 
+def load_pretraining(run, name):
+    """A BERT with its pre-training heads, MLM's and NSP's, on the device, and the names of what its folder lacks and so is new: heads, pooler."""
+    with loading(name):
+        model, info = BertForPreTraining.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    demand(all(k.startswith(("cls.", "bert.pooler.")) for k in info["missing_keys"]), f"{name} lacks some of a BERT's weights: give one that has all")
+    return model.to(run.device).train(), info["missing_keys"]
+
+
 def load_teacher(run, task):
     """The fine-tuned model in --teacher, frozen; None without the flag."""
     return load_bert(run, task, run.args.teacher).eval().requires_grad_(False) if run.args.teacher else None
@@ -369,10 +377,9 @@ def report(run, task, model, goal):
     """Save the model, reload it, count its zeros, evaluate it, print RESULT. goal: the share to keep, or None. Returns the exit status."""
     if run.rank:
         return 0
-    args = run.args
     model.save_pretrained(run.out)
     task.tokenizer.save_pretrained(run.out)
-    saved = type(model).from_pretrained(run.out).to(run.device)
+    args, saved = run.args, type(model).from_pretrained(run.out).to(run.device)
     (shares, share), metrics = kept(prunable(saved)), task.evaluate(saved)
     run.say("kept, %   query     key   value attn.out   inter  output")
     for i in range(saved.config.num_hidden_layers):
@@ -385,7 +392,7 @@ def report(run, task, model, goal):
                   seed=args.seed, steps=args.steps, seconds=run.seconds(), ms_per_step=run.ms_per_step(), n_train=len(task.train),
                   n_dev=task.n_dev, n_prunable=sum(m.weight.numel() for m in prunable(saved).values()), model=args.model, data=str(run.data),
                   device=str(run.device), args=vars(args), line=line, versions=dict(
-                      python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, numpy=np.__version__))
+                      python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, numpy=np.__version__), **run.extra)
     write_whole(run.out / "result.json", json.dumps(result, indent=1) + "\n")
     for old in ("checkpoint.pt", "checkpoint.pt.part"):         # .part: of a run killed while it wrote
         (run.out / old).unlink(missing_ok=True)
