@@ -169,7 +169,7 @@ def pretrain(run, task, folder):
                     w.copy_(prox(w, lr * gamma * alpha))
                 if (step + 1) * args.rounds // last > step * args.rounds // last:           # a round ends
                     state["gamma"] = [*state["gamma"], gamma]
-                    state["alpha"] = [reweight(w, min(len(state["gamma"]), hyper["p"]), hyper["eps"]) for w in dense]
+                    state["alpha"] = [reweight(w, 1 if args.gamma else min(len(state["gamma"]), hyper["p"]), hyper["eps"]) for w in dense]
 
         # Logged as the penalty: gamma.
         run.log(step + 1, loss, gamma, lambda: common.kept(weights)[1], None if args.gamma else v, lr)
@@ -188,6 +188,7 @@ def find_support(run, task, model):
 
     A folder left by this script is taken as it was before fine-tuning (DIR/support); of any other pruned BERT, what it has."""
     args, own, lacking = run.args, run.out / "support", []
+    common.demand(not (args.nip and args.gamma), "--nip has no penalty: leave --gamma out, or --nip")
     if args.support:
         common.demand(not (args.corpus or args.gamma or args.nip or run.flags["rounds"]),
                       "--support skips pre-training: leave --corpus, --gamma, --rounds and --nip out")

@@ -285,6 +285,7 @@ class Corpus:
         if not path and not self.path.exists():
             demand(run.args.preset == "mini", "there is no text to pre-train on: give --corpus FILE, or use --preset mini")
             self.path = MINI / "corpus.txt"
+        demand(self.path.is_file(), f"--corpus {self.path} is not there: give a text file")
         documents = read_corpus(self.path, tokenizer)
         demand(len(documents) > 2, f"{self.path} is one document, or two, and some are held out: put a blank line between documents")
         held, train = documents[::20], [d for i, d in enumerate(documents) if i % 20]
