@@ -50,7 +50,7 @@ import common
 # Fine-tuning: as in magnitude.py. Pre-training, under pretrain: lr, batch size and rounds of the paper preset are the paper's (recalled);
 # steps, length and the rest are ours. recover: share of the steps after the last round. A --steps, --batch_size or --lr holds in both phases.
 MINI = dict(steps=1000, batch_size=32, lr=5e-4, length=128, warmup=0.05, lr_end=0.0, clip=1.0, rounds=6,
-            pretrain=dict(steps=500, batch_size=32, lr=2e-3, length=80, recover=0.3, p=5, eps=1e-9))
+            pretrain=dict(steps=400, batch_size=32, lr=4e-3, length=80, recover=0.3, p=5, eps=1e-9))
 PAPER = dict(epochs=6, batch_size=32, lr=3e-5, length=128, warmup=0.05, lr_end=0.0, clip=1.0, rounds=6,
              pretrain=dict(steps=20000, batch_size=256, lr=2e-5, length=128, recover=0.3, p=5, eps=1e-9))
 HYPER = {"mini": {"*": MINI},
@@ -102,7 +102,7 @@ def largest_to_go(matrices, v):
 
 
 def prox(a, threshold):
-    """argmin_w (w - a)^2 / 2 + threshold |w|, element by element: sign(a) max(|a| - threshold, 0), and never -0. threshold >= 0, same shape."""
+    """argmin_w (w - a)^2 / 2 + threshold |w|, element by element: sign(a) max(|a| - threshold, 0), never -0. threshold > 0, same shape."""
     return a - a.clamp(-threshold, threshold)
 
 
