@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -165,7 +166,7 @@ def spied(data, out, monkeypatch, *flags):
 
 
 def test_the_share_falls_on_the_cubic_and_rests(data, tmp_path, monkeypatch, capsys):
-    rows = spied(data, tmp_path / "o", monkeypatch, "--sparsity", 0.1, "--steps", 20, "--rounds", 3)
+    rows = spied(data, tmp_path / "o", monkeypatch, "--sparsity", 0.1, "--steps", 20, "--rounds", 3, "--task", "qqp", "--batch_size", 2)
     last = round(0.7 * 20)
     for step, zero, goal in rows:
         want = 0.1 + 0.9 * (1 - min(1, step / last)) ** 3
@@ -176,14 +177,14 @@ def test_the_share_falls_on_the_cubic_and_rests(data, tmp_path, monkeypatch, cap
 
 def test_a_zero_may_come_back_until_its_round_ends(data, tmp_path, monkeypatch, capsys):
     """--gamma, so that the threshold does not rise to hold them; two rounds, of which the first ends with step 5."""
-    rows = spied(data, tmp_path / "o", monkeypatch, "--gamma", 0.5, "--steps", 14, "--rounds", 2, "--task", "qqp")
+    rows = spied(data, tmp_path / "o", monkeypatch, "--gamma", 0.5, "--steps", 14, "--rounds", 2, "--task", "qqp", "--batch_size", 4)
     back = lambda one, other: int((rows[one - 1][1] & ~rows[other - 1][1]).sum())            # zero after the one step, no more after the other
     assert back(2, 3) > 100 and back(4, 5) > 100
     assert [back(5, step) for step in range(6, 15)] == [0] * 9
 
 
 def test_nip_goes_down_in_stairs_and_zeros_stay(data, tmp_path, monkeypatch, capsys):
-    rows = spied(data, tmp_path / "o", monkeypatch, "--sparsity", 0.4, "--steps", 20, "--nip")
+    rows = spied(data, tmp_path / "o", monkeypatch, "--sparsity", 0.4, "--steps", 20, "--nip", "--task", "qqp", "--batch_size", 2)
     kept = [1 - zero.mean() for _, zero, _ in rows]
     want = [1 - 0.1 * int(6 * min(1, step / 14) + 1e-9) for step, _, _ in rows]
     np.testing.assert_allclose(kept, want, atol=1e-5)
@@ -380,3 +381,57 @@ def test_a_mistake_leaves_the_support_alone_and_a_new_start_does_not(call, train
     assert call("rpp", *flags, "--sparsity", "0.5", cwd=tmp_path, interrupt=4).code == 130
     assert not (tmp_path / "o/support").exists()                                            # it was that of other flags
     assert call("rpp", *flags, "--sparsity", "1", cwd=tmp_path).code == 0 and not (tmp_path / "o/support").exists()
+
+
+# ---- what tasks.py has for it: held-out text, a folder that is whole
+
+def corpus_of(tmp_path, rank=0, world=1):
+    """60 documents of one word each, every one its own; the Corpus, and its words by document."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "mini/bert")
+    words = [w for w in sorted(tokenizer.get_vocab()) if w.isalpha() and len(w) > 3][:60]
+    (tmp_path / "corpus.txt").write_text("\n\n".join(f"{w} {w} {w}\n{w} {w}" for w in words))
+    given = SimpleNamespace(data=tmp_path, rank=rank, world=world, device="cpu", args=SimpleNamespace(preset="paper", seed=0))
+    return common.Corpus(given, None, tokenizer, 8, 32), tokenizer.convert_tokens_to_ids(words)
+
+
+def tokens(batch):
+    return set(torch.where(batch["labels"] == -100, batch["input_ids"], batch["labels"]).flatten().tolist())
+
+
+def test_held_out_documents_are_never_trained_on(tmp_path):
+    corpus, ids = corpus_of(tmp_path)
+    held, train = set(ids[::20]), set(ids) - set(ids[::20])
+    seen = set().union(*(tokens(corpus.batch(step)) for step in range(60)))
+    assert not seen & held and seen & train == train
+    assert corpus.pairs == 3 and set().union(*map(tokens, corpus.held)) & set(ids) <= held
+
+
+def test_two_processes_share_the_batch(tmp_path):
+    whole, parts = corpus_of(tmp_path)[0].batch(5), [corpus_of(tmp_path, rank, 2)[0].batch(5) for rank in (0, 1)]
+    for key, x in whole.items():
+        assert len(x) == 8 and all(torch.equal(x[rank::2], part[key]) for rank, part in enumerate(parts))
+
+
+def test_a_batch_without_a_word_to_guess_has_a_finite_loss():
+    model = transformers.BertForPreTraining.from_pretrained(ROOT / "mini/bert")
+    loss, words, order = common.PreTraining(model)(input_ids=torch.tensor([[2, 7, 3, 8, 3]]), labels=torch.full((1, 5), -100), next_sentence_label=torch.tensor([1]))
+    loss.backward()
+    assert torch.isfinite(loss) and len(words) == 0 and len(order) == 1 and all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_folder_whole(tmp_path):
+    def write(part, stop=False):
+        part.mkdir()
+        (part / "a").write_text("new")
+        if stop:
+            raise Stop
+    common.folder_whole(tmp_path / "f")
+    common.folder_whole(tmp_path / "f", write)
+    with pytest.raises(Stop):
+        common.folder_whole(tmp_path / "g", lambda part: write(part, stop=True))
+    assert tree(tmp_path) == {"f/a": b"new", "g.part/a": b"new"}
+    common.folder_whole(tmp_path / "g", write)
+    common.folder_whole(tmp_path / "f", lambda part: (write(part), (part / "a").write_text("newer")))
+    assert tree(tmp_path) == {"f/a": b"newer", "g/a": b"new"}
+    common.folder_whole(tmp_path / "f")
+    assert tree(tmp_path) == {"g/a": b"new"}
