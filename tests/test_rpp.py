@@ -230,7 +230,8 @@ def test_accuracies_are_those_of_the_saved_support(trained, data):
         with torch.no_grad():
             got = model(**{k: x for k, x in batch.items() if "label" not in k})
         asked = batch["labels"] != -100
-        want = {"MLM": (got.prediction_logits.argmax(-1) == batch["labels"])[asked], "NSP": got.seq_relationship_logits.argmax(-1) == batch["next_sentence_label"]}
+        want = {"MLM": (got.prediction_logits.argmax(-1) == batch["labels"])[asked],
+                "NSP": got.seq_relationship_logits.argmax(-1) == batch["next_sentence_label"]}
         want = {name: 100 * float(x.float().mean()) for name, x in want.items()}
         assert told[when].keys() == want.keys() and all(abs(told[when][k] - want[k]) < 1e-4 for k in want)
         line = next(line for line in ended.out.splitlines() if line.startswith(f"{when} pruning: "))
@@ -298,7 +299,8 @@ def test_heads_that_are_not_there_are_started_anew(call, data, tmp_path):
     tensors = safetensors.torch.load_file(ROOT / "mini/bert/model.safetensors")
     for name, lacks in (("both", ("cls.", "bert.pooler.")), ("nsp", ("cls.seq_relationship.",))):
         shutil.copytree(ROOT / "mini/bert", tmp_path / name)
-        safetensors.torch.save_file({k: x for k, x in tensors.items() if not k.startswith(lacks)}, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+        left = {k: x for k, x in tensors.items() if not k.startswith(lacks)}
+        safetensors.torch.save_file(left, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
         ended = call("rpp", "--model", name, "--data", data, "--out", f"{name} out", "--steps", 1, "--batch_size", 2, cwd=tmp_path)
         assert ended.code == 0 and ("no MLM head" in ended.out) == (name == "both") and "no NSP head" in ended.out
         model = transformers.BertForPreTraining.from_pretrained(tmp_path / f"{name} out/support")
@@ -414,7 +416,8 @@ def test_two_processes_share_the_batch(tmp_path):
 
 def test_a_batch_without_a_word_to_guess_has_a_finite_loss():
     model = transformers.BertForPreTraining.from_pretrained(ROOT / "mini/bert")
-    loss, words, order = common.PreTraining(model)(input_ids=torch.tensor([[2, 7, 3, 8, 3]]), labels=torch.full((1, 5), -100), next_sentence_label=torch.tensor([1]))
+    ids, none = torch.tensor([[2, 7, 3, 8, 3]]), torch.full((1, 5), -100)
+    loss, words, order = common.PreTraining(model)(input_ids=ids, labels=none, next_sentence_label=torch.tensor([1]))
     loss.backward()
     assert torch.isfinite(loss) and len(words) == 0 and len(order) == 1 and all(torch.isfinite(p.grad).all() for p in model.parameters())
 
