@@ -1,7 +1,7 @@
 """Data and BERT loading for the six scripts: what dense fine-tuning needs too, and nothing of a method.
 
 In order: flags · the run (preset, processes, seed, log, checkpoint) · the task (features, batches, evaluation) · BERT (load, prunable,
-loss) · the report. The files, the metrics and the text for pre-training are in tasks.py.
+loss) · the report. The files, the metrics and pre-training are in tasks.py.
 """
 import argparse, bisect, contextlib, functools, json, math, os, platform, re, shlex, sys, time
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""The tasks' files and metrics, and text for pre-training; common.py makes features and batches of them.
+"""The tasks' files and metrics, and pre-training's text and loss; common.py makes features and batches of the tasks.
 
-In order: mistakes · files (download, TSV, SQuAD) · metrics · text for pre-training.
+In order: mistakes · files (download, TSV, SQuAD) · metrics · pre-training (text, held-out text, loss).
 """
 import collections, contextlib, hashlib, http.client, json, math, os, re, shutil, string, zipfile, zlib
 from pathlib import Path
@@ -231,7 +231,7 @@ def glue_metrics(task, logits, gold, dev="dev"):
     return metrics
 
 
-# ---- text for pre-training
+# ---- pre-training
 
 def read_corpus(path, tokenizer, at_once=10_000):
     """[document = [line = [token id]]] of a text file: a sentence or paragraph a line, a blank line between documents."""
