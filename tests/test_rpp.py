@@ -16,13 +16,14 @@ import transformers
 
 import common
 import rpp
-from test_scripts import ENV, ROOT, SHORT, call, data, logged, nonzero, one_sentence, same_bytes, trained, tree, weights_of      # noqa: F401
+from test_scripts import ENV, ROOT, call, data, logged, nonzero, one_sentence, same_bytes, trained, tree, weights_of             # noqa: F401
 
-FIXTURES = call, data, trained                                                       # fixtures, used by their names
+FIXTURES = call, data, trained                                                       # used by their names
+SHORT = ["--steps", "6", "--batch_size", "4"]
 
 
 def run(data, out, *flags):
-    """main() in this process, on the mini preset, in 12 steps of 8 unless flags say otherwise."""
+    """main() in this process, on the mini preset, in 6 steps of 4 unless flags say otherwise."""
     return rpp.main(rpp.flags().parse_args(["--data", str(data), "--out", str(out), "--preset", "mini", "--device", "cpu", *SHORT, *map(str, flags)]))
 
 
@@ -130,9 +131,9 @@ def test_the_l1_term_never_enters_adams_moments(data, tmp_path, monkeypatch, cap
     documents = common.read_corpus(data / "corpus.txt", tokenizer)
     hyper = rpp.HYPER["mini"]["*"]["pretrain"]
     train = [d for i, d in enumerate(documents) if i % 20]
-    model(**common.mlm_nsp_batch(train, tokenizer, 8, hyper["length"], np.random.default_rng([0, 0]))).loss.backward()
+    model(**common.mlm_nsp_batch(train, tokenizer, 4, hyper["length"], np.random.default_rng([0, 0]))).loss.backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
-    lr = hyper["lr"] * common.lr_factor(0, 12, rpp.HYPER["mini"]["*"]["warmup"])
+    lr = hyper["lr"] * common.lr_factor(0, 6, hyper["warmup"])
     for k, p in model.named_parameters():
         g = p.grad.numpy().astype(np.float64) * min(1.0, 1.0 / norm)
         np.testing.assert_allclose(hard[k][0], 0.1 * g, atol=2e-7)
@@ -193,7 +194,7 @@ def test_nip_goes_down_in_stairs_and_zeros_stay(data, tmp_path, monkeypatch, cap
 
 def test_open_loop(trained):
     """--gamma: what is kept is what comes out, and more of gamma keeps less."""
-    (gentle, a), (hard, b) = (trained("rpp", "squad", 0.1, "--gamma", g) for g in ("1e-9", "3"))
+    (gentle, a), (hard, b) = (trained("rpp", "squad", 0.1, *SHORT, "--gamma", g) for g in ("1e-9", "3"))
     assert gentle.code == hard.code == 0 and "no goal" in hard.out and "goal 10" not in hard.out
     assert nonzero(a)[0] / nonzero(a)[1] > 0.999 > 0.9 > nonzero(b)[0] / nonzero(b)[1]
     result = json.loads((b / "result.json").read_text())
@@ -204,22 +205,22 @@ def test_open_loop(trained):
 
 def test_fine_tuning_keeps_the_support(trained):
     """The zeros before and after, bit for bit; all are +0; and the other weights did learn."""
-    _, out = trained("rpp", "squad", 0.1)
+    _, out = trained("rpp", "squad", 0.1, *SHORT)
     before, after = weights_of(out / "support"), weights_of(out)
     for name, w in before.items():
         zero = w == 0
         assert np.array_equal(zero, after[name] == 0) and not after[name][zero].tobytes().strip(b"\0"), name
         assert zero.any() and (w != after[name])[~zero].mean() > 0.5, name
-    assert not trained("rpp", "squad", 1)[1].joinpath("support").exists()
+    assert not trained("rpp", "squad", 1, *SHORT)[1].joinpath("support").exists()
 
 
 def test_v_of_one_is_magnitudes_dense_run(trained):
-    assert same_bytes(trained("rpp", "squad", 1)[1], trained("magnitude", "squad", 1)[1])
+    assert same_bytes(trained("rpp", "squad", 1, *SHORT)[1], trained("magnitude", "squad", 1, *SHORT)[1])
 
 
 def test_accuracies_are_those_of_the_saved_support(trained, data):
     """Printed, and stored in result.json; found again with plain transformers on the same held-out pairs."""
-    ended, out = trained("rpp", "squad", 0.1)
+    ended, out = trained("rpp", "squad", 0.1, *SHORT)
     told = json.loads((out / "result.json").read_text())["pretraining"]
     tokenizer, hyper = transformers.AutoTokenizer.from_pretrained(out / "support"), rpp.HYPER["mini"]["*"]["pretrain"]
     held = common.read_corpus(data / "corpus.txt", tokenizer)[::20]
@@ -240,21 +241,21 @@ def test_accuracies_are_those_of_the_saved_support(trained, data):
 
 
 def test_one_support_serves_every_task(trained, tmp_path):
-    _, squad = trained("rpp", "squad", 0.1)
+    _, squad = trained("rpp", "squad", 0.1, *SHORT)
     plain = shutil.copytree(squad, tmp_path / "plain", ignore=shutil.ignore_patterns("support"))          # fine-tuned, support not there
     before = tree(squad)
     for task, folder in (("mnli", squad), ("qqp", squad / "support"), ("mnli", plain), ("squad", squad)):
-        ended, out = trained("rpp", task, 0.03, "--support", str(folder))
+        ended, out = trained("rpp", task, 0.03, *SHORT, "--support", str(folder))
         assert ended.code == 0 and ended.err == "" and same_zeros(out, squad) and not (out / "support").exists()
         assert sum("10.00%" in line and "--sparsity 0.03" in line for line in ended.out.splitlines()) == 1
         result = json.loads((out / "result.json").read_text())
         assert result["sparsity"] == result["kept"] and list(logged(out)) == ["fine-tuning"]
     assert same_bytes(out, squad) and tree(squad) == before                                 # the support itself, fine-tuned once more on squad
-    assert not same_bytes(trained("rpp", "mnli", 0.03, "--support", str(squad))[1], trained("rpp", "mnli", 0.03, "--support", str(plain))[1])
+    assert not same_bytes(trained("rpp", "mnli", 0.03, *SHORT, "--support", str(squad))[1], trained("rpp", "mnli", 0.03, *SHORT, "--support", str(plain))[1])
 
 
 def test_support_that_is_none(call, trained, data, tmp_path, monkeypatch):
-    _, squad = trained("rpp", "squad", 0.1)
+    _, squad = trained("rpp", "squad", 0.1, *SHORT)
     config = transformers.BertConfig.from_pretrained(ROOT / "mini/bert")
     for name, change in (("fewer layers", dict(num_hidden_layers=2)), ("narrower", dict(intermediate_size=64)), ("other words", dict(vocab_size=1400))):
         other = transformers.BertForPreTraining(transformers.BertConfig.from_dict(config.to_dict() | change))
@@ -335,7 +336,7 @@ def is_whole(out, whole):
     assert same_bytes(out, whole) and same_bytes(out / "support", whole / "support")
     assert json.loads((out / "result.json").read_text())["pretraining"] == json.loads((whole / "result.json").read_text())["pretraining"]
     assert not [f for f in os.listdir(out) if f.endswith((".part", ".pt"))]
-    assert all(steps == sorted(set(steps)) and steps[-1] == 12 for steps in logged(out).values()) and len(logged(out)) == 2
+    assert all(steps == sorted(set(steps)) and steps[-1] == 6 for steps in logged(out).values()) and len(logged(out)) == 2
 
 
 def test_killed_while_the_support_is_written(call, trained, data, tmp_path):
@@ -345,7 +346,7 @@ def test_killed_while_the_support_is_written(call, trained, data, tmp_path):
     assert dead.returncode == -signal.SIGKILL and (tmp_path / "o/support.part").exists() and not (tmp_path / "o/support").exists()
     ended = call("rpp", *flags, "--resume", cwd=tmp_path)
     assert ended.code == 0 and "before pruning" in ended.out
-    is_whole(tmp_path / "o", trained("rpp", "squad", 0.1)[1])
+    is_whole(tmp_path / "o", trained("rpp", "squad", 0.1, *SHORT)[1])
 
 
 @pytest.mark.parametrize("saved", [(), ("pre-training",), ("pre-training", "fine-tuning")], ids=["no checkpoint", "one of pre-training", "one of either"])
@@ -354,10 +355,10 @@ def test_stopped_in_fine_tuning(trained, data, tmp_path, monkeypatch, capsys, sa
     checkpoint = common.Run.checkpoint
 
     def stopping(self, step, **parts):
-        if self.phase in saved and step == 4:
+        if self.phase in saved and step == 3:
             self.next_write = 0.0
             checkpoint(self, step, **parts)
-        if self.phase == "fine-tuning" and step == 7:
+        if self.phase == "fine-tuning" and step == 5:
             raise Stop
     with monkeypatch.context() as patched:
         patched.setattr(common.Run, "checkpoint", stopping)
@@ -368,19 +369,19 @@ def test_stopped_in_fine_tuning(trained, data, tmp_path, monkeypatch, capsys, sa
     capsys.readouterr()
     assert run(data, tmp_path / "o", "--sparsity", 0.1, "--resume") == 0
     said = capsys.readouterr().out
-    assert "before pruning" not in said and ("going on from step 4\n" in said) == ("fine-tuning" in saved)
+    assert "before pruning" not in said and ("going on from step 3\n" in said) == ("fine-tuning" in saved)
     if saved:
-        is_whole(tmp_path / "o", trained("rpp", "squad", 0.1)[1])
-    assert same_bytes(tmp_path / "o", trained("rpp", "squad", 0.1)[1])
+        is_whole(tmp_path / "o", trained("rpp", "squad", 0.1, *SHORT)[1])
+    assert same_bytes(tmp_path / "o", trained("rpp", "squad", 0.1, *SHORT)[1])
 
 
 def test_a_mistake_leaves_the_support_alone_and_a_new_start_does_not(call, trained, data, tmp_path):
-    shutil.copytree(trained("rpp", "squad", 0.1)[1], tmp_path / "o")
+    shutil.copytree(trained("rpp", "squad", 0.1, *SHORT)[1], tmp_path / "o")
     before, flags = tree(tmp_path), ["--data", str(data), "--out", "o", *SHORT]
     for wrong in (["--corpus", "nowhere"], ["--support", "nowhere"], ["--teacher", "nowhere"], ["--data", "nowhere"]):
         one_sentence(call("rpp", *flags, *wrong, cwd=tmp_path))
         assert tree(tmp_path) == before
-    assert call("rpp", *flags, "--sparsity", "0.5", cwd=tmp_path, interrupt=4).code == 130
+    assert call("rpp", *flags, "--sparsity", "0.5", cwd=tmp_path, interrupt=3).code == 130
     assert not (tmp_path / "o/support").exists()                                            # it was that of other flags
     assert call("rpp", *flags, "--sparsity", "1", cwd=tmp_path).code == 0 and not (tmp_path / "o/support").exists()
 
