@@ -18,8 +18,8 @@ Idea       Prune once, in pre-training; then fine-tune any task on the zeros fou
            a zero comes back if one step of Adam's outgrows lr_t gamma alpha_i; at the round's end its alpha is 1 / eps: no more.
 
 Symbols    dense       w           (out, in)   one of six matrices a layer
-           alpha       alpha       (out, in)   how hard each of its weights is pressed, of the others
-           gamma       gamma                   how hard all are; threshold: lr_t gamma alpha
+           alpha       alpha       (out, in)   how hard each of its weights is pressed, beside the others
+           gamma       gamma                   how hard all are pressed
            v           -                       share kept at this step
            support     -                       the pruned pre-trained model; masks, (out, in): where it is not 0
 
