@@ -12,14 +12,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoTokenizer, BertForPreTraining
 
-from tasks import (TASKS, Mistake, Parser, best_spans, blame, demand, download, em_f1, fetch, glue_metrics, launch, lock, mlm_nsp_batch, number,
-                   read_corpus, read_squad, read_tsv, squad_metrics, unzip, write_whole)
+from tasks import (MINI, TASKS, Corpus, Mistake, Parser, PreTraining, best_spans, blame, demand, download, em_f1, fetch, folder_whole,
+                   glue_metrics, launch, lock, mlm_nsp_batch, number, read_corpus, read_squad, read_tsv, squad_metrics, unzip, write_whole)
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-MINI = Path(__file__).resolve().parent / "mini"
 
 
 # ---- the run: preset, device, processes, seed, log, checkpoint
@@ -54,7 +53,7 @@ class Run:
         if 0.5 < args.sparsity < 1:
             self.say(f"--sparsity is the share KEPT: {args.sparsity:g} keeps {args.sparsity:.0%}; did you mean {1 - args.sparsity:g}?")
         self.check_out()
-        self.before, self.started, self.next_log, self.phase, self.every = 0.0, time.time(), 0.0, None, None      # before: --resume
+        self.before, self.started, self.next_log, self.phase, self.every, self.extra = 0.0, time.time(), 0.0, None, None, {}   # before: --resume
         torch.manual_seed(args.seed % 2 ** 63)
 
     def check_out(self):
@@ -63,8 +62,8 @@ class Run:
         with blame(Exception, f"--out {out} cannot be used ({{}}): give a new folder, or one with a run of ours, that can be written"):
             str(out).encode()                       # safetensors writes to no name that is not UTF-8
             held = set(os.listdir(out) if out.exists() else []) - {"log.jsonl.part"}
-            for flag in ("model", "teacher"):
-                same = getattr(args, flag) and Path(getattr(args, flag)).resolve() == out.resolve()
+            for flag in ("model", "teacher", "support"):
+                same = getattr(args, flag, None) and Path(getattr(args, flag)).resolve() in (out.resolve(), out.resolve() / "support")
                 demand(not same, f"--out {out} is the --{flag} folder and would overwrite it: give another")
             demand("log.jsonl" in held or not args.resume, f"--resume: {out} holds no run: give its --out, or leave --resume out")
             demand("log.jsonl" in held or not held, f"--out {out} holds files that are no run of ours: give a new folder")
@@ -142,6 +141,7 @@ class Run:
                          f"{self.out} holds an unfinished run: starting it anew (--resume would have gone on)")
             for old in (path, self.out / "result.json"):
                 old.unlink(missing_ok=True)
+            self.args.resume or folder_whole(self.out / "support")      # rpp's; on --resume it is complete, and of these flags
             write_whole(self.out / "log.jsonl", json.dumps({"args": self.flags}) + "\n")
 
     def restore(self, phase="fine-tuning", steps=None, **parts):
@@ -304,6 +304,14 @@ def load_bert(run, task, name=None):
     return model.to(run.device).train()
 
 
+def load_pretraining(run, name):
+    """A BERT with its pre-training heads, MLM's and NSP's, on the device, and the names of what its folder lacks and so is new: heads, pooler."""
+    with loading(name):
+        model, info = BertForPreTraining.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    demand(all(k.startswith(("cls.", "bert.pooler.")) for k in info["missing_keys"]), f"{name} lacks some of a BERT's weights: give one that has all")
+    return model.to(run.device).train(), info["missing_keys"]
+
+
 def load_teacher(run, task):
     """The fine-tuned model in --teacher, frozen; None without the flag."""
     return load_bert(run, task, run.args.teacher).eval().requires_grad_(False) if run.args.teacher else None
@@ -345,10 +353,9 @@ def report(run, task, model, goal):
     """Save the model, reload it, count its zeros, evaluate it, print RESULT. goal: the share to keep, or None. Returns the exit status."""
     if run.rank:
         return 0
-    args = run.args
     model.save_pretrained(run.out)
     task.tokenizer.save_pretrained(run.out)
-    saved = type(model).from_pretrained(run.out).to(run.device)
+    args, saved = run.args, type(model).from_pretrained(run.out).to(run.device)
     (shares, share), metrics = kept(prunable(saved)), task.evaluate(saved)
     run.say("kept, %   query     key   value attn.out   inter  output")
     for i in range(saved.config.num_hidden_layers):
@@ -361,7 +368,7 @@ def report(run, task, model, goal):
                   seed=args.seed, steps=args.steps, seconds=run.seconds(), ms_per_step=run.ms_per_step(), n_train=len(task.train),
                   n_dev=task.n_dev, n_prunable=sum(m.weight.numel() for m in prunable(saved).values()), model=args.model, data=str(run.data),
                   device=str(run.device), args=vars(args), line=line, versions=dict(
-                      python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, numpy=np.__version__))
+                      python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, numpy=np.__version__), **run.extra)
     write_whole(run.out / "result.json", json.dumps(result, indent=1) + "\n")
     for old in ("checkpoint.pt", "checkpoint.pt.part"):         # .part: of a run killed while it wrote
         (run.out / old).unlink(missing_ok=True)

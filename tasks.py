@@ -1,15 +1,18 @@
-"""Mistakes and flags, the tasks' files and metrics, text for pre-training; common.py makes features and batches of them.
+"""Mistakes and flags, the tasks' files and metrics, pre-training's text and loss; common.py makes features and batches of the tasks.
 
-In order: mistakes · flags and exit · files (download, TSV, SQuAD) · metrics · text for pre-training.
+In order: mistakes · flags and exit · files (download, TSV, SQuAD) · metrics · pre-training (text, held-out text, loss).
 """
-import argparse, collections, contextlib, hashlib, http.client, json, math, os, re, shlex, string, sys, time, zipfile
+import argparse, collections, contextlib, hashlib, http.client, json, math, os, re, shlex, shutil, string, sys, time, zipfile
 from pathlib import Path
 from urllib.request import urlopen
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from tqdm import tqdm
+
+MINI = Path(__file__).resolve().parent / "mini"
 
 
 # ---- mistakes, files written whole, folders locked
@@ -45,6 +48,18 @@ def write_whole(path, write):
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def folder_whole(path, write=None):
+    """A folder that write(folder) fills under a temporary name, renamed when whole: path never holds a part. Without write: none."""
+    part = Path(f"{path}.part")
+    for old in (part, path):
+        if old.exists():
+            os.replace(old, part)                                   # at once, and then file by file
+            shutil.rmtree(part)
+    if write:
+        write(part)
+        os.replace(part, path)
 
 
 locked = []                                         # the open folder that lock() holds
@@ -293,17 +308,19 @@ def glue_metrics(task, logits, gold, dev="dev"):
     return metrics
 
 
-# ---- text for pre-training
+# ---- pre-training
 
-def read_corpus(path, tokenizer):
+def read_corpus(path, tokenizer, at_once=10_000):
     """[document = [line = [token id]]] of a text file: a sentence or paragraph a line, a blank line between documents."""
-    lines = [line.strip() for line in read_text(Path(path)).split("\n")]
-    documents = [[]]
-    for line, ids in zip(lines, tokenizer(lines, add_special_tokens=False, verbose=False)["input_ids"]):
-        if not line:
-            documents.append([])
-        elif ids:
-            documents[-1].append(ids)
+    lines, documents = [line.strip() for line in read_text(Path(path)).split("\n")], [[]]
+    # so many lines at once, for the tokenizer's own objects take a hundred bytes a token
+    for at in tqdm(range(0, len(lines), at_once), desc=f"reading {Path(path).name}", disable=None if len(lines) > 10 * at_once else True, leave=False):
+        part = lines[at:at + at_once]
+        for line, ids in zip(part, tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]):
+            if not line:
+                documents.append([])
+            elif ids:
+                documents[-1].append(ids)
     demand(any(documents), f"{path} holds no text: put one sentence or paragraph a line, with a blank line between documents")
     return [document for document in documents if document]
 
@@ -334,3 +351,50 @@ def mlm_nsp_batch(documents, tokenizer, batch_size, length, rng):
     words = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
     batch["input_ids"] = np.select([chosen & (dice < 0.8), chosen & (dice < 0.9)], [tokenizer.mask_token_id, rng.choice(words, ids.shape)], ids)
     return {key: torch.from_numpy(np.asarray(column)) for key, column in (batch | {"next_sentence_label": swapped}).items()}
+
+
+class Corpus:
+    """The text of a pre-training. Every 20th document is held out: batch() never draws from it.
+
+    held: batches of pairs from the held-out documents, always the same ones, a pair a document and at most 512."""
+    def __init__(self, run, path, tokenizer, batch_size, length):
+        self.run, self.path = run, Path(path or run.data / "corpus.txt")
+        if not path and not self.path.exists():
+            demand(run.args.preset == "mini", "there is no text to pre-train on: give --corpus FILE, or use --preset mini")
+            self.path = MINI / "corpus.txt"
+        demand(self.path.is_file(), f"--corpus {self.path} is not there: give a text file")
+        documents = read_corpus(self.path, tokenizer)
+        demand(len(documents) > 2, f"{self.path} is one document, or two, and some are held out: put a blank line between documents")
+        held, train = documents[::20], [d for i, d in enumerate(documents) if i % 20]
+        self.pairs = min(512, len(held))
+        make = lambda documents, size, *seed: mlm_nsp_batch(documents, tokenizer, size, length, np.random.default_rng(seed))
+        self.held = [make(held, min(32, self.pairs - i), i) for i in range(0, self.pairs, 32)]
+        self.make = lambda step: make(train, batch_size, run.args.seed, step)
+
+    def batch(self, step):
+        """The batch of this step, a function of (seed, step) alone; each of N processes takes every N-th row of it."""
+        return {key: x[self.run.rank::self.run.world].to(self.run.device) for key, x in self.make(step).items()}
+
+    @torch.no_grad()
+    def accuracy(self, net):
+        """{"MLM": percent, "NSP": percent} of right answers on the held-out pairs."""
+        net.eval()
+        with self.run.autocast():
+            right = [net(**{key: x.to(self.run.device) for key, x in batch.items()})[1:] for batch in self.held]
+        net.train()
+        return {name: 100 * torch.cat(x).float().mean().item() for name, x in zip(("MLM", "NSP"), zip(*right))}
+
+
+class PreTraining(torch.nn.Module):
+    """BERT with its two heads; the words are guessed only where one is asked for, a seventh of the tokens and of the largest matrix's cost."""
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, labels, next_sentence_label, **batch):
+        """(MLM + NSP loss, which of the words asked for were right, which of the pairs)."""
+        hidden, pooled = self.model.bert(**batch, return_dict=False)[:2]
+        words, order = self.model.cls.predictions(hidden[labels >= 0]), self.model.cls.seq_relationship(pooled)
+        labels = labels[labels >= 0]                                # none, perhaps: then their mean counts as 0
+        loss = F.cross_entropy(words, labels, reduction="sum") / max(1, len(labels)) + F.cross_entropy(order, next_sentence_label)
+        return loss, words.argmax(-1) == labels, order.argmax(-1) == next_sentence_label

@@ -81,7 +81,7 @@ def test_the_frame_is_the_same(name):
     ("# ---- run", "# ---- the run"), ("    # </method>\n    return p", "    # </method>\n\n    return p"), ("import common\n", "import common, os\n")])
 def test_the_frame_test_can_fail(old, new):
     """Each of these edits of one script is noticed; edits inside the marks and of the module docstring are not."""
-    name, text = SCRIPTS[-1], text_of(SCRIPTS[-1])
+    name, text = SCRIPTS[0], text_of(SCRIPTS[0])                    # whose method holds none of these, so that they are the frame's
     assert old in text, f"this test wants to change {old!r}, which {name}.py no longer has: choose another line of the frame"
     doc_ends = ast.parse(text).body[0].end_lineno
     head, body = text.split("\n")[:doc_ends], "\n".join(text.split("\n")[doc_ends:])
