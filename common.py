@@ -367,7 +367,7 @@ def report(run, task, model, goal):
     result = dict(method=run.method, task=task.name, preset=args.preset, sparsity=goal, kept=share, kept_per_layer=shares, metrics=metrics,
                   seed=args.seed, steps=args.steps, seconds=run.seconds(), ms_per_step=run.ms_per_step(), n_train=len(task.train),
                   n_dev=task.n_dev, n_prunable=sum(m.weight.numel() for m in prunable(saved).values()), model=args.model, data=str(run.data),
-                  device=str(run.device), args=vars(args), line=line, versions=dict(
+                  device=str(run.device), threads=torch.get_num_threads(), args=vars(args), line=line, versions=dict(
                       python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, numpy=np.__version__), **run.extra)
     write_whole(run.out / "result.json", json.dumps(result, indent=1) + "\n")
     for old in ("checkpoint.pt", "checkpoint.pt.part"):         # .part: of a run killed while it wrote

@@ -4,11 +4,13 @@ Run        python results/grid.py embedded                                      
            python results/grid.py sst2 --model FOLDER --data DIR                     a real small BERT on the whole of SST-2
            python results/grid.py embedded --only l0,mgpp --jobs 1                   some of the methods
 
+rpp.py needs a text to pre-train on: mini/ has one, for sst2 give --corpus FILE, or it is left out.
+
 Stopped, it goes on where it was: a finished run (result.json) is not run again, an unfinished one is resumed. After each run
 results/NAME.tsv and the table below it, results/NAME.md, are written anew from all runs that are finished. The cores are divided among
 the jobs (OMP_NUM_THREADS), and a run's bytes depend on that number, so the file names it.
 """
-import argparse, json, os, subprocess, sys
+import argparse, json, os, subprocess, sys, threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ["magnitude", "mvp", "soft_mvp", "l0", "mgpp", "rpp"]
+WRITING = threading.Lock()
 # grid: [(task, shares kept, seeds)]; dense is magnitude.py at 1
 GRIDS = {"embedded": [("squad", [1, 0.1, 0.03], [0, 1, 2]), ("mnli", [1, 0.03], [0]), ("qqp", [1, 0.03], [0])],
          "sst2": [("sst2", [1, 0.1, 0.03], [0, 1])]}
@@ -33,9 +36,11 @@ def command(args, run):
     words = [f"{method}.py", "--task", task, "--sparsity", f"{v:g}", "--seed", str(seed), *FLAGS[args.grid].split()]
     for flag in ("model", "data"):
         words += [f"--{flag}", getattr(args, flag)] if getattr(args, flag) else []
-    # one support serves every task: what squad's run has found is fine-tuned for the others
-    support = [] if method != "rpp" or task in ("squad", "sst2") else ["--support", str(folder(args, (method, "squad", v, seed)))]
-    return words + support
+    if method == "rpp" and args.corpus:
+        words += ["--corpus", args.corpus]
+    if method == "rpp" and task in ("mnli", "qqp"):                 # one support serves every task: that of squad's run
+        words += ["--support", str(folder(args, (method, "squad", v, seed)))]
+    return words
 
 
 def folder(args, run):
@@ -53,7 +58,8 @@ def execute(args, run):
         code = subprocess.run(words, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT).returncode
     last = (Path(f"{out}.txt").read_text().strip().splitlines() or ["nothing was printed"])[-1]
     print(last if code in (0, 3) else f"{out.name} ended with {code}: {last}", flush=True)
-    write(args)
+    with WRITING:
+        write(args)
 
 
 def write(args):
@@ -66,8 +72,8 @@ def write(args):
         result = json.loads(path.read_text())
         scores = " ".join(f"{k} {x:.2f}" for k, x in result["metrics"].items())
         rows.append([*map(str, run), f"{100 * result['kept']:.3f}", scores, str(result["steps"]), f"{result['seconds']:.0f}",
-                     str(max(1, os.cpu_count() // args.jobs)), result["versions"]["torch"], result["versions"]["transformers"],
-                     " ".join(["python", *command(argparse.Namespace(**{**vars(args), "model": args.model and "MODEL", "data": args.data and "DATA"}), run)])])
+                     str(result["threads"]), result["versions"]["torch"], result["versions"]["transformers"],
+                     " ".join(["python", *command(argparse.Namespace(**{**vars(args), **{k: k.upper() for k in ("model", "data", "corpus") if getattr(args, k)}}), run)])])
         cells.setdefault((run[1], run[2], run[0]), []).append(list(result["metrics"].values()))
     head = "method task sparsity seed kept_% scores steps seconds threads torch transformers command".split()
     (Path(args.results) / f"{args.grid}.tsv").write_text("\n".join("\t".join(row) for row in [head, *rows]) + "\n")
@@ -85,14 +91,16 @@ def write(args):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("grid", choices=GRIDS)
-    p.add_argument("--model"), p.add_argument("--data")
+    for flag in ("model", "data", "corpus"):
+        p.add_argument(f"--{flag}", help="given to the scripts")
     p.add_argument("--only", default=",".join(METHODS), help="methods, separated by commas")
     p.add_argument("--where", default="", help="only runs whose name (mvp-squad-0.03-s0) holds this")
     p.add_argument("--jobs", type=int, default=2, help="runs at a time")
     p.add_argument("--runs", default=str(ROOT / "out"), help="where the runs' folders are")
     p.add_argument("--results", default=str(ROOT / "results"), help="where the results file is written")
     args = p.parse_args()
-    chosen = [r for r in runs(args.grid) if r[0] in args.only.split(",") and args.where in folder(args, r).name and (ROOT / f"{r[0]}.py").exists()]
+    chosen = [r for r in runs(args.grid) if r[0] in args.only.split(",") and args.where in folder(args, r).name]
+    chosen = [r for r in chosen if r[0] != "rpp" or args.corpus or args.grid == "embedded"]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda run: execute(args, run), chosen))
     write(args)

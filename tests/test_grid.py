@@ -1,0 +1,68 @@
+"""results/grid.py: every command that it would run is one that the script accepts, and the files it writes hold what the runs measured."""
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "results"))
+import grid                                             # noqa: E402
+
+
+def arguments(name, folder):
+    return argparse.Namespace(grid=name, model="M", data="D", corpus="C", runs=str(folder), results=str(folder))
+
+
+@pytest.mark.parametrize("name", grid.GRIDS)
+def test_every_command_parses(name, tmp_path):
+    args, seen = arguments(name, tmp_path), set()
+    for run in grid.runs(name):
+        script, *flags = grid.command(args, run)
+        parsed = importlib.import_module(script[:-3]).flags().parse_args(flags)
+        assert (script, parsed.task, parsed.sparsity, parsed.seed, parsed.model) == (f"{run[0]}.py", *run[1:], "M")
+        seen.add(grid.folder(args, run))
+    assert len(seen) == len(grid.runs(name))                                       # a folder each
+
+
+def test_the_embedded_grid_is_what_was_asked_for():
+    """squad: six methods at 10 % and 3 % and dense, three seeds; mnli and qqp: dense and 3 %."""
+    runs = grid.runs("embedded")
+    squad = [r for r in runs if r[1] == "squad"]
+    assert len(squad) == 3 * (1 + 2 * 6) and {r[3] for r in squad} == {0, 1, 2} and len({r[0] for r in squad}) == 6
+    assert {(r[1], r[2]) for r in runs if r[1] != "squad"} == {(t, v) for t in ("mnli", "qqp") for v in (1, 0.03)}
+    assert [r[3] for r in runs] == sorted(r[3] for r in runs)                      # one seed of everything first
+
+
+def test_what_it_writes(tmp_path):
+    args = arguments("embedded", tmp_path)
+    for seed, f1 in ((0, 80.0), (1, 90.0)):
+        out = grid.folder(args, ("mvp", "squad", 0.03, seed))
+        out.mkdir(parents=True)
+        (out / "result.json").write_text(json.dumps(dict(metrics=dict(EM=f1 - 1, F1=f1), kept=0.03, steps=7, seconds=3.4, threads=2, versions=dict(
+            torch="t", transformers="f"))))
+    grid.write(args)
+    head, *rows = [line.split("\t") for line in (tmp_path / "embedded.tsv").read_text().splitlines()]
+    assert len(rows) == 2 and rows[1][:9] == ["mvp", "squad", "0.03", "1", "3.000", "EM 89.00 F1 90.00", "7", "3", "2"] and len(head) == len(rows[0])
+    assert rows[0][-1] == "python mvp.py --task squad --sparsity 0.03 --seed 0 --preset mini --device cpu --model MODEL --data DATA"
+    table = (tmp_path / "embedded.md").read_text().splitlines()
+    assert next(line for line in table if line.startswith("| squad, 3 %")).split("|")[4].strip() == "84.0 / 85.0 (2)"       # means, and of how many
+
+
+def test_a_run_that_is_finished_is_not_run_again_and_one_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    args, started = argparse.Namespace(**vars(arguments("sst2", tmp_path)), jobs=1), []
+    run = ("mvp", "sst2", 0.1, 0)
+
+    def fake(words, **more):
+        started.append(words)
+        out = Path(words[words.index("--out") + 1])
+        out.mkdir(exist_ok=True)
+        (out / ("result.json" if "--resume" in words else "log.jsonl")).write_text(json.dumps(dict(
+            metrics=dict(acc=1.0), kept=0.1, steps=1, seconds=1, threads=1, versions=dict(torch="", transformers=""))))
+        return argparse.Namespace(returncode=0)
+    monkeypatch.setattr(grid.subprocess, "run", fake)
+    for _ in range(3):
+        grid.execute(args, run)
+    assert [("--resume" in words) for words in started] == [False, True]
