@@ -29,8 +29,8 @@ Unlike soft_mvp.py: the gate is random and real-valued, so its own gradient is u
 cannot move, so lambda must.
 Unlike Louizos 2017, as in the official code: a gate for every weight, not for every input neuron; log alpha is not clamped; no L2 term,
 no moving average of the weights; noise from (1e-4, 1 - 1e-4); the start at 2.197 is the logit of 0.9.
-Differs from the movement paper: the goal (above; --penalty LAMBDA is its open loop); one draw of noise serves all processes; whatever
-gap is left at the end is closed by one shift of all scores, which is printed.
+Differs from the movement paper: the goal (above; --penalty LAMBDA is its open loop); one draw of noise serves all processes; the gap
+that is left at the end is closed by moving the nearest scores just across the threshold, and their number printed.
 
 Run        python l0.py --task squad --sparsity 0.03                                 embedded BERT and data, CPU, about three minutes
            python l0.py --penalty 300                                                the paper's: what is kept follows from lambda
@@ -125,12 +125,15 @@ def share_kept(scores):
 
 
 @torch.no_grad()
-def closing_shift(scores, v):
-    """What to add to all scores so that round(v n) of all n exceed the threshold: it then lies midway between two of them."""
-    flat = torch.cat([s.flatten() for s in scores])                 # (n,)
-    k = min(max(1, round(v * len(flat))), len(flat) - 1)
-    last, first_out = (float(flat.kthvalue(len(flat) - i + 1).values) for i in (k, k + 1))
-    return THRESHOLD - (last + first_out) / 2
+def close_gap(scores, v):
+    """Move those scores across the threshold that are nearest to it, just so far, so that round(v n) of all n exceed it. Returns how many.
+
+    Their gates are about 0 before and after: the network hardly changes, unless the gap is wide."""
+    flat, before = torch.cat([s.flatten() for s in scores]), share_kept(scores)             # (n,)
+    last = flat.kthvalue(len(flat) - min(max(1, round(v * len(flat))), len(flat)) + 1).values
+    for s in scores:
+        s.copy_(torch.where(s >= last, s.clamp(min=THRESHOLD + 1e-3), s.clamp(max=THRESHOLD - 1e-3)))
+    return round((share_kept(scores) - before) * len(flat))
 
 
 class Gated(nn.Module):
@@ -230,13 +233,10 @@ def main(args):
         run.checkpoint(step + 1, model=model, optimizer=optimizer, state=state)
 
     # <method: bake>
-    # What gap is left, one shift of all scores closes; then W * z, without noise, becomes W.
+    # What gap is left is closed at the threshold; then W * z, without noise, becomes W.
     goal = args.sparsity if args.penalty is None else None
     if goal and gated:
-        shift = closing_shift(scores, goal)
-        run.say(f"all scores shifted by {shift:+.4f}, from {common.kept(weights)[1]:.2%} kept to the goal")
-        for s in scores:
-            s.data += shift
+        run.say(f"{close_gap(scores, goal):+d} gates were moved across the threshold, to keep {goal:.2%}")
     for layer in weights.values() if gated else ():
         parametrize.remove_parametrizations(layer, "weight")
     # </method>

@@ -55,7 +55,7 @@ import common
 # Fine-tuning: as in magnitude.py. pretrain: of the paper's preset, rounds, lr and batch_size are the paper's, as eps is (all recalled); all else is
 # ours. recover: share of the steps after the last round. p: the largest exponent. A --steps, --batch_size or --lr holds in both phases.
 MINI = dict(steps=1000, batch_size=32, lr=5e-4, length=128, warmup=0.05, lr_end=0.0, clip=1.0, rounds=6,
-            pretrain=dict(steps=600, batch_size=32, lr=4e-3, length=80, warmup=0.05, recover=0.3, p=5, eps=1e-9))
+            pretrain=dict(steps=400, batch_size=32, lr=4e-3, length=80, warmup=0.05, recover=0.3, p=5, eps=1e-9))
 PAPER = dict(epochs=6, batch_size=32, lr=3e-5, length=128, warmup=0.05, lr_end=0.0, clip=1.0, rounds=6,
              pretrain=dict(steps=20000, batch_size=256, lr=2e-5, length=128, warmup=0.05, recover=0.3, p=5, eps=1e-9))
 HYPER = {"mini": {"*": MINI},
