@@ -4,6 +4,7 @@ import importlib
 import io
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,17 @@ def test_every_command_parses():
     assert wrong == [], "\n".join(wrong)
     shown = {words[1] for _, words in found if words[0] == "python" and len(words) > 1}
     assert {"magnitude.py", "mvp.py", "soft_mvp.py"} <= shown, f"README shows no command of {sorted({'magnitude.py', 'mvp.py', 'soft_mvp.py'} - shown)}"
+
+
+def test_the_ladders_numbers():
+    """The table of scripts: the lines of each, and how many of them diff prints from the neighbour that is named there."""
+    rows = re.findall(r"^\| `(\w+)\.py` \|.*\| (\d+) \| (?:`(\w+)\.py`)? ?\| (\d*) ?\|$", README.read_text(encoding="utf-8"), flags=re.M)
+    assert [row[0] for row in rows] == ["magnitude", "mvp", "soft_mvp", "l0", "mgpp", "rpp"]
+    for script, lines, neighbour, changed in rows:
+        assert int(lines) == len((ROOT / f"{script}.py").read_text(encoding="utf-8").splitlines()), script
+        if neighbour:
+            printed = subprocess.run(["diff", f"{neighbour}.py", f"{script}.py"], cwd=ROOT, capture_output=True, text=True).stdout
+            assert int(changed) == sum(line[:1] in "<>" for line in printed.splitlines()), f"diff {neighbour}.py {script}.py"
 
 
 def test_it_opens_with_the_set_up():
