@@ -194,7 +194,7 @@ def main(args):
         # <method: before forward>
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
         # One draw a step, the same on all processes, from (seed, step) alone.
-        generator.manual_seed(args.seed * 1_000_003 + step)
+        generator.manual_seed((args.seed * 1_000_003 + step) % 2 ** 63)
         for m in gated:
             m.noise.uniform_(1e-4, 1 - 1e-4, generator=generator).logit_()
         # </method>
