@@ -4,8 +4,8 @@ Guo, Liu, Mungall, Lin and Wang 2019, arXiv 1909.12486. No code of theirs is pub
 marked (recalled) is from memory.
 
 Result     squad, embedded world, seed 0, one core: 400 steps of pre-training, 1,000 of fine-tuning. 10.00 % kept: EM 46.3 F1 48.3
-           (MLM 72.6 % right, NSP 97.7); --nip 8.7, 12.6 (49.3, 96.1). 40.00 % kept: 68.3, 68.8 (81.2, 98.2); dense 98.8, 98.9 (86.7,
-           99.4). So it beats NIP, but is far from dense where the paper is at it (88.5 at 59 % kept). Not settled; see Open below.
+           (MLM 72.6 % right, NSP 97.7); --nip 8.7, 12.6 (49.3, 96.1). 3.00 %: 7.0, 11.4. 40.00 %: 68.3, 68.8 (81.2, 98.2). Dense
+           98.8, 98.9 (86.7, 99.4). It beats NIP, but is far from dense where the paper is at it (88.5 at 59 %): see Open below.
 
 Idea       Prune once, in pre-training; then fine-tune any task on the zeros found: the support is universal. Wanted is
                minimise  f0(w) + gamma sum_i alpha_i |w_i|            f0: the losses of MLM and NSP
