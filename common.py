@@ -3,7 +3,7 @@
 In order: the run (preset, processes, seed, log, checkpoint) · the task (features, batches, evaluation) · BERT (load, prunable,
 loss) · the report. Mistakes, flags and exit, files, metrics and text for pre-training are in tasks.py.
 """
-import bisect, functools, json, math, os, platform, sys, time, warnings
+import _thread, bisect, functools, json, math, os, platform, signal, sys, threading, time, warnings
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +23,21 @@ transformers.utils.logging.disable_progress_bar()
 
 # ---- the run: preset, device, processes, seed, log, checkpoint
 
+def interrupt(number, frame):
+    """Ctrl-C, but never within a __del__, where Python would print and drop it: then it comes a moment later."""
+    while frame and frame.f_code.co_name != "__del__":
+        frame = frame.f_back
+    if frame is None:
+        raise KeyboardInterrupt
+    threading.Timer(0.01, _thread.interrupt_main).start()
+
+
 class Run:
     """One run of one script, in all that is no part of the method. Raises Mistake.
 
     script: its __file__. args: its flags. hyper: {preset: {task or "*": {name: value}}}, for flags left at None and for constants."""
     def __init__(self, script, args, hyper):
+        signal.signal(signal.SIGINT, interrupt) if threading.current_thread() is threading.main_thread() else None
         self.method, self.args, cuda = Path(script).stem, args, torch.cuda.is_available()
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         why = "as asked" if args.preset else "CUDA is here" if cuda else "no CUDA here"
