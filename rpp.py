@@ -159,21 +159,20 @@ def pretrain(run, task, folder):
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        zeros = [w == 0 for w in dense]                             # (out, in) each
+        zeros = [w == 0 for w in dense] if args.nip or step >= last else []         # (out, in) each: those that stay
         optimizer.step()
 
         # The share to keep: --nip goes down in even stairs, RPP on the cubic of the other scripts, both to V at step `last`.
         share, gamma = min(1.0, (step + 1) / last), 0.0
         v = args.sparsity + (1 - args.sparsity) * (1 - int(share * cuts) / cuts if args.nip else (1 - share) ** 3)
         with torch.no_grad():
-            if args.nip or step >= last:                            # zeros stay; Adam's old moments have moved them
-                for w, zero in zip(dense, zeros):
-                    w.masked_fill_(zero, 0.0)
-            if args.nip:                                            # between two stairs smallest is 0, and nothing goes
+            for w, zero in zip(dense, zeros):                       # Adam's old moments have moved them
+                w.masked_fill_(zero, 0.0)
+            if args.nip and int(share * cuts) > int(min(1.0, step / last) * cuts):              # a stair
                 smallest = largest_to_go([w.abs() for w in dense], v)
                 for w in dense:
                     w.masked_fill_(w.abs() <= smallest, 0.0)
-            elif step < last:
+            elif not args.nip and step < last:
                 # One gamma for all weights: what is pruned follows from alpha and from how f0 has moved the weights.
                 gamma = args.gamma or solve_gamma(dense, state["alpha"], v, lr)
                 for w, alpha in zip(dense, state["alpha"]):

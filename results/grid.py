@@ -65,6 +65,8 @@ def execute(args, run):
 def write(args):
     """results/NAME.tsv, a row a run, and results/NAME.md, means over seeds."""
     rows, cells = [], {}
+    # in the file's commands no folder of this machine stands
+    shown = argparse.Namespace(**vars(args) | {key: key.upper() for key in ("model", "data", "corpus") if getattr(args, key)} | {"runs": "out"})
     for run in runs(args.grid):
         path = folder(args, run) / "result.json"
         if not path.exists():
@@ -73,7 +75,7 @@ def write(args):
         scores = " ".join(f"{k} {x:.2f}" for k, x in result["metrics"].items())
         rows.append([*map(str, run), f"{100 * result['kept']:.3f}", scores, str(result["steps"]), f"{result['seconds']:.0f}",
                      str(result["threads"]), result["versions"]["torch"], result["versions"]["transformers"],
-                     " ".join(["python", *command(argparse.Namespace(**{**vars(args), **{k: k.upper() for k in ("model", "data", "corpus") if getattr(args, k)}}), run)])])
+                     " ".join(["python", *command(shown, run)])])
         cells.setdefault((run[1], run[2], run[0]), []).append(list(result["metrics"].values()))
     head = "method task sparsity seed kept_% scores steps seconds threads torch transformers command".split()
     (Path(args.results) / f"{args.grid}.tsv").write_text("\n".join("\t".join(row) for row in [head, *rows]) + "\n")
