@@ -12,7 +12,6 @@ import safetensors.numpy
 
 import mgpp
 import mvp
-from test_scripts import data                           # noqa: F401, a fixture: a few questions of mini/
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "figures/draw.py"
@@ -153,12 +152,12 @@ def test_mixture_penalty_is_the_prior_of_mgpp():
 
 # ---- looking inside
 
-def short(data, folder, method, steps):                 # noqa: F811
+def short(data, folder, method, steps):               
     """A saved run with the flags of a short one, so that look() runs that again."""
     run(folder, method, 0.03, 50.0, data=str(data), steps=steps, batch_size=4, device="cpu", sparsity=0.03)
 
 
-def test_a_look_inside_movement(data, tmp_path, capsys):                # noqa: F811
+def test_a_look_inside_movement(data, tmp_path, capsys):              
     short(data, tmp_path / "m", "mvp", 2)
     runs = draw.Runs(tmp_path)
     assert draw.look(runs, "mvp") is None and "--train" in runs.lacks[0]
@@ -172,7 +171,7 @@ def test_a_look_inside_movement(data, tmp_path, capsys):                # noqa: 
     assert capsys.readouterr().out == "" and np.array_equal(again["scores"], seen["scores"])
 
 
-def test_a_look_inside_mgpp(data, tmp_path):                            # noqa: F811
+def test_a_look_inside_mgpp(data, tmp_path):                          
     short(data, tmp_path / "m", "mgpp", 20)
     run(tmp_path / "other", "mgpp", 0.03, 50.0, seed=3)
     seen = draw.look(draw.Runs(tmp_path, train=True), "mgpp", mix=1)

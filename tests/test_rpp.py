@@ -16,9 +16,9 @@ import transformers
 
 import common
 import rpp
-from test_scripts import ENV, ROOT, call, data, logged, nonzero, one_sentence, same_bytes, trained, tree, weights_of             # noqa: F401
+from conftest import ENV, ROOT
+from test_scripts import logged, nonzero, one_sentence, same_bytes, tree, weights_of
 
-FIXTURES = call, data, trained                                                       # used by their names
 SHORT = ["--steps", "6", "--batch_size", "4"]
 
 
