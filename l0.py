@@ -127,7 +127,7 @@ def expected_l0(scores):
 @torch.no_grad()
 def share_kept(scores):
     """The share of all weights that the noise-free gate keeps."""
-    return float(sum((s > THRESHOLD).sum() for s in scores)) / sum(s.numel() for s in scores)
+    return float(sum(torch.count_nonzero(s > THRESHOLD) for s in scores)) / sum(s.numel() for s in scores)
 
 
 @torch.no_grad()

@@ -105,7 +105,7 @@ def kth_largest(x, k):
         sample = x[::n // 16384].sort(descending=True).values
         at, slack = k / n * len(sample), 4 * (k / n * (1 - k / n) * len(sample)) ** 0.5 + 2
         high, low = sample[max(int(at - slack), 0)], sample[min(int(at + slack), len(sample) - 1)]
-        above, inside = int((x > high).sum()), x[(x <= high) & (x >= low)]
+        above, inside = int(torch.count_nonzero(x > high)), x[(x <= high) & (x >= low)]
         # It holds the k-th largest unless the sample was unlucky; then all are searched.
         if above < k <= above + len(inside):
             return inside.kthvalue(len(inside) - (k - above) + 1).values
@@ -118,7 +118,7 @@ def top_v(scores, v):
     k = max(1, round(v * flat.numel()))
     threshold = kth_largest(flat, k)
     mask = flat >= threshold
-    surplus = int(mask.sum()) - k                                   # ties with the k-th element, the last of which go
+    surplus = int(torch.count_nonzero(mask)) - k                    # ties with the k-th element, the last of which go
     if surplus:
         mask[(flat == threshold).nonzero().flatten()[-surplus:]] = False
     return mask.view_as(scores)

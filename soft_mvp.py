@@ -109,7 +109,7 @@ def kth_largest(x, k):
         sample = x[::n // 16384].sort(descending=True).values
         at, slack = k / n * len(sample), 4 * (k / n * (1 - k / n) * len(sample)) ** 0.5 + 2
         high, low = sample[max(int(at - slack), 0)], sample[min(int(at + slack), len(sample) - 1)]
-        above, inside = int((x > high).sum()), x[(x <= high) & (x >= low)]
+        above, inside = int(torch.count_nonzero(x > high)), x[(x <= high) & (x >= low)]
         # It holds the k-th largest unless the sample was unlucky; then all are searched.
         if above < k <= above + len(inside):
             return inside.kthvalue(len(inside) - (k - above) + 1).values
@@ -122,7 +122,7 @@ def top_v(scores, v):
     k = max(1, round(v * flat.numel()))
     threshold = kth_largest(flat, k)
     mask = flat >= threshold
-    surplus = int(mask.sum()) - k                                   # ties with the k-th element, the last of which go
+    surplus = int(torch.count_nonzero(mask)) - k                    # ties with the k-th element, the last of which go
     if surplus:
         mask[(flat == threshold).nonzero().flatten()[-surplus:]] = False
     return mask.view_as(scores)
@@ -138,7 +138,7 @@ def update_masks_open(masked, scores, tau):
     """The paper's: M = (sigmoid(S) > tau); a matrix that would keep less than its floor keeps its largest up to it."""
     for m, s in zip(masked, scores):
         mask = torch.sigmoid(s) > tau                               # tau: 0 -> 0.1, so in the end S > -2.197
-        m.mask.copy_(mask if mask.sum() >= floor(s) else top_v(s, floor(s) / s.numel()))
+        m.mask.copy_(mask if torch.count_nonzero(mask) >= floor(s) else top_v(s, floor(s) / s.numel()))
 
 
 @torch.no_grad()
@@ -151,7 +151,7 @@ def update_masks(masked, scores, v):
     if v == 1:
         return [m.mask.fill_(1.0) for m in masked]
     masks = top(scores)
-    if any(int(mask.sum()) < floor(s) for mask, s in zip(masks, scores)):          # then the floors rank before all others
+    if any(torch.count_nonzero(mask) < floor(s) for mask, s in zip(masks, scores)):          # then the floors rank before all others
         masks = top([s.masked_fill(top_v(s, min(v, floor(s) / s.numel())), torch.inf) for s in scores])
     for m, mask in zip(masked, masks):
         m.mask.copy_(mask.view_as(m.mask))
