@@ -64,7 +64,7 @@ MINI = dict(steps=1000, batch_size=32, lr=5e-4, length=128, warmup=0.05, lr_end=
             v_i=0.7, spike=1e-10, slab=0.05, interval=10)
 PAPER = dict(epochs=6, batch_size=32, lr=5e-5, length=128, warmup=0.0, lr_end=0.1, t_i=0.1, t_f=0.0, clip=math.inf,
              v_i=0.7, spike=1e-10, slab=0.05, interval=100)
-HYPER = {"mini": {"*": MINI, "mnli": dict(steps=3000), "qqp": dict(steps=2000)},
+HYPER = {"mini": {"*": MINI, "mnli": dict(steps=3000), "qqp": dict(steps=3000)},
          "paper": {"*": PAPER,
                    "squad": dict(epochs=10, batch_size=16, length=384, t_i=0.2, v_i=0.5),
                    "mnli": dict(epochs=8, t_i=0.125),

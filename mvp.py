@@ -52,7 +52,7 @@ import common
 # lr_end: share of lr left at the last step. clip: one norm over all that is trained, scores included. length: in tokens.
 MINI = dict(steps=1000, batch_size=32, lr=5e-4, score_lr=1e-2, length=128, warmup=0.05, lr_end=0.0, t_i=0.05, t_f=0.3, clip=1.0)
 PAPER = dict(epochs=6, batch_size=32, lr=3e-5, score_lr=1e-2, length=128, warmup=0.05, lr_end=0.0, t_i=0.05, t_f=0.3, clip=1.0)
-HYPER = {"mini": {"*": MINI, "mnli": dict(steps=3000), "qqp": dict(steps=2000)},
+HYPER = {"mini": {"*": MINI, "mnli": dict(steps=3000), "qqp": dict(steps=3000)},
          "paper": {"*": PAPER,
                    "squad": dict(epochs=10, batch_size=16, length=384, warmup=0.1, t_i=0.1, t_f=0.2),
                    "mnli": dict(warmup=0.16, t_i=0.16, t_f=0.16),

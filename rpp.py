@@ -61,7 +61,7 @@ MINI = dict(steps=1000, batch_size=32, lr=5e-4, length=128, warmup=0.05, lr_end=
             pretrain=dict(steps=400, batch_size=32, lr=4e-3, length=80, warmup=0.05, recover=0.3, p=5, eps=1e-9))
 PAPER = dict(epochs=6, batch_size=32, lr=3e-5, length=128, warmup=0.05, lr_end=0.0, clip=1.0, rounds=6,
              pretrain=dict(steps=20000, batch_size=256, lr=2e-5, length=128, warmup=0.05, recover=0.3, p=5, eps=1e-9))
-HYPER = {"mini": {"*": MINI, "mnli": dict(steps=3000), "qqp": dict(steps=2000)},
+HYPER = {"mini": {"*": MINI, "mnli": dict(steps=3000), "qqp": dict(steps=3000)},
          "paper": {"*": PAPER,
                    "squad": dict(epochs=10, batch_size=16, length=384, warmup=0.1),
                    "mnli": dict(warmup=0.16),
