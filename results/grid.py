@@ -18,25 +18,28 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ["magnitude", "mvp", "soft_mvp", "l0", "mgpp", "rpp"]
+COLUMNS = [*METHODS, "nip"]             # rpp.py --nip
 WRITING = threading.Lock()
-# grid: [(task, shares kept, seeds)]; dense is magnitude.py at 1
-GRIDS = {"embedded": [("squad", [1, 0.1, 0.03], [0, 1, 2]), ("mnli", [1, 0.03], [0]), ("qqp", [1, 0.03], [0])],
-         "sst2": [("sst2", [1, 0.1, 0.03], [0, 1])]}
+# grid: [(task, share kept, seeds, methods)]
+DENSE = ["magnitude"]                   # at 1
+GRIDS = {"embedded": [("squad", 1, [0, 1, 2], DENSE), ("squad", 0.1, [0, 1, 2], METHODS), ("squad", 0.03, [0, 1, 2], METHODS), ("squad", 0.1, [0, 1], ["nip"]),
+                      ("mnli", 1, [0], DENSE), ("mnli", 0.03, [0], METHODS), ("qqp", 1, [0], DENSE), ("qqp", 0.03, [0], METHODS),
+                      ("squad", 0.4, [0], ["rpp"]), ("mnli", 0.4, [0], ["rpp"]), ("qqp", 0.4, [0], ["rpp"])],
+         "sst2": [("sst2", 1, [0, 1], DENSE), ("sst2", 0.1, [0, 1], METHODS), ("sst2", 0.03, [0, 1], METHODS)]}
 FLAGS = {"embedded": "--preset mini --device cpu", "sst2": "--preset paper --steps 1200 --lr 3e-5 --device cpu"}
 
 
 def runs(grid):
     """[(method, task, v, seed)], the seeds outermost: one seed of everything comes before the second of anything."""
-    return [(m, task, v, seed) for seed in (0, 1, 2) for task, shares, seeds in GRIDS[grid] for v in shares for m in METHODS
-            if seed in seeds and (v < 1 or m == "magnitude")]
+    return [(m, task, v, seed) for seed in (0, 1, 2) for task, v, seeds, methods in GRIDS[grid] for m in methods if seed in seeds]
 
 
 def command(args, run):
     method, task, v, seed = run
-    words = [f"{method}.py", "--task", task, "--sparsity", f"{v:g}", "--seed", str(seed), *FLAGS[args.grid].split()]
+    words = [*{"nip": ["rpp.py", "--nip"]}.get(method, [f"{method}.py"]), "--task", task, "--sparsity", f"{v:g}", "--seed", str(seed), *FLAGS[args.grid].split()]
     for flag in ("model", "data"):
         words += [f"--{flag}", getattr(args, flag)] if getattr(args, flag) else []
-    if method == "rpp" and args.corpus:
+    if method in ("rpp", "nip") and args.corpus:
         words += ["--corpus", args.corpus]
     if method == "rpp" and task in ("mnli", "qqp"):                 # one support serves every task: that of squad's run
         words += ["--support", str(folder(args, (method, "squad", v, seed)))]
@@ -79,14 +82,14 @@ def write(args):
         cells.setdefault((run[1], run[2], run[0]), []).append(list(result["metrics"].values()))
     head = "method task sparsity seed kept_% scores steps seconds threads torch transformers command".split()
     (Path(args.results) / f"{args.grid}.tsv").write_text("\n".join("\t".join(row) for row in [head, *rows]) + "\n")
-    lines = ["| task, kept | " + " | ".join(["dense", *METHODS]) + " |", "|---" * (len(METHODS) + 2) + "|"]
-    for task, shares, _ in GRIDS[args.grid]:
-        for v in shares[1:]:
-            line = []
-            for key in [(task, 1, "magnitude"), *((task, v, m) for m in METHODS)]:
-                got = np.array(cells.get(key, []))                  # (seeds, metrics)
-                line.append(" / ".join(f"{x:.1f}" for x in got.mean(0)) + f" ({len(got)})" if len(got) else "")
-            lines.append(f"| {task}, {100 * v:g} % | " + " | ".join(line) + " |")
+    columns = [m for m in COLUMNS if any(m == method for method, *_ in runs(args.grid))]
+    lines = ["| task, kept | " + " | ".join(["dense", *columns]) + " |", "|---" * (len(columns) + 2) + "|"]
+    for task, v in dict.fromkeys((task, v) for task, v, *_ in GRIDS[args.grid] if v < 1):
+        line = []
+        for key in [(task, 1, "magnitude"), *((task, v, m) for m in columns)]:
+            got = np.array(cells.get(key, []))                      # (seeds, metrics)
+            line.append(" / ".join(f"{x:.1f}" for x in got.mean(0)) + f" ({len(got)})" if len(got) else "")
+        lines.append(f"| {task}, {100 * v:g} % | " + " | ".join(line) + " |")
     (Path(args.results) / f"{args.grid}.md").write_text("\n".join(lines) + "\n")
 
 
@@ -95,16 +98,17 @@ def main():
     p.add_argument("grid", choices=GRIDS)
     for flag in ("model", "data", "corpus"):
         p.add_argument(f"--{flag}", help="given to the scripts")
-    p.add_argument("--only", default=",".join(METHODS), help="methods, separated by commas")
+    p.add_argument("--only", default=",".join(COLUMNS), help="methods, separated by commas")
     p.add_argument("--where", default="", help="only runs whose name (mvp-squad-0.03-s0) holds this")
     p.add_argument("--jobs", type=int, default=2, help="runs at a time")
     p.add_argument("--runs", default=str(ROOT / "out"), help="where the runs' folders are")
     p.add_argument("--results", default=str(ROOT / "results"), help="where the results file is written")
     args = p.parse_args()
     chosen = [r for r in runs(args.grid) if r[0] in args.only.split(",") and args.where in folder(args, r).name]
-    chosen = [r for r in chosen if r[0] != "rpp" or args.corpus or args.grid == "embedded"]
+    chosen = [r for r in chosen if r[0] not in ("rpp", "nip") or args.corpus or args.grid == "embedded"]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda run: execute(args, run), chosen))
+        for later in (False, True):                                 # what starts from another run's support comes last
+            list(pool.map(lambda run: execute(args, run), [r for r in chosen if ("--support" in command(args, r)) == later]))
     write(args)
     print((Path(args.results) / f"{args.grid}.md").read_text())
 
