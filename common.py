@@ -14,8 +14,8 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoTokenizer, BertForPreTraining
 
-from tasks import (MINI, TASKS, Corpus, Mistake, Parser, PreTraining, best_spans, blame, demand, download, em_f1, fetch, folder_whole,
-                   glue_metrics, launch, lock, mlm_nsp_batch, number, read_corpus, read_squad, read_tsv, squad_metrics, unzip, write_whole)
+from tasks import (MINI, TASKS, Corpus, Mistake, Parser, PreTraining, best_spans, blame, demand, fetch, folder_whole, glue_metrics, launch,
+                   lock, number, read_squad, read_tsv, squad_metrics, write_whole)
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

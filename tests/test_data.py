@@ -12,6 +12,7 @@ from transformers import (AutoTokenizer, BertConfig, BertForQuestionAnswering, B
                           BertTokenizerFast)
 
 import common
+import tasks
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -116,7 +117,7 @@ EM_F1 = [
 
 @pytest.mark.parametrize("answer, golds, em, f1", EM_F1)
 def test_em_f1_by_hand(answer, golds, em, f1):
-    assert common.em_f1(answer, golds) == pytest.approx((em, f1))
+    assert tasks.em_f1(answer, golds) == pytest.approx((em, f1))
 
 
 def test_squad_metrics_take_the_best_window_of_each_question():
@@ -626,7 +627,7 @@ def no_proxy(monkeypatch):
                                          ("hello", ("git blob id", "ce013625030ba8dba906f756967f9e9ca394464a"))])
 def test_download_whole(site, no_proxy, tmp_path, page, check):
     """The file and nothing beside it, in a folder made for it; checksums are the published ones of these bytes."""
-    common.download(f"{site}/{page}", tmp_path / "new/folder/x.json", check)
+    tasks.download(f"{site}/{page}", tmp_path / "new/folder/x.json", check)
     assert [p.name for p in (tmp_path / "new/folder").iterdir()] == ["x.json"]
     assert (tmp_path / "new/folder/x.json").read_bytes() == (b"hello\n" if page == "hello" else BODY)
 
@@ -637,7 +638,7 @@ def test_download_refused(site, no_proxy, tmp_path, page, check):
     """Cut off, not there, not HTTP, of another checksum, no server at all: one sentence that says where to put the file, and no file."""
     path = tmp_path / "x.json"
     with mistake(path, *["--preset mini"] * (page is None)):
-        common.download(f"{site}/{page}" if page else "http://127.0.0.1:9/x.json", path, check)
+        tasks.download(f"{site}/{page}" if page else "http://127.0.0.1:9/x.json", path, check)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -662,7 +663,7 @@ def make_zip(path, *members, store=False):
 
 def test_unzip_takes_one_member(tmp_path):
     """Only what was asked for is written; two dots inside a name are no way out."""
-    common.unzip(make_zip(tmp_path / "z/a.zip", "CoLA/dev.tsv", "CoLA/train..old.tsv", "CoLA/original/x"), "CoLA/dev.tsv", tmp_path / "CoLA/dev.tsv")
+    tasks.unzip(make_zip(tmp_path / "z/a.zip", "CoLA/dev.tsv", "CoLA/train..old.tsv", "CoLA/original/x"), "CoLA/dev.tsv", tmp_path / "CoLA/dev.tsv")
     assert (tmp_path / "CoLA/dev.tsv").read_text().startswith("sentence\tlabel\nA b") and [p.name for p in (tmp_path / "CoLA").iterdir()] == ["dev.tsv"]
 
 
@@ -671,7 +672,7 @@ def test_unzip_refuses_members_outside(tmp_path, name):
     """A zip that has one such member is not to be trusted with the others."""
     archive, path = make_zip(tmp_path / "z/a.zip", "CoLA/dev.tsv", name), tmp_path / "data/CoLA/dev.tsv"
     with mistake(archive):
-        common.unzip(archive, "CoLA/dev.tsv", path)
+        tasks.unzip(archive, "CoLA/dev.tsv", path)
     assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == [archive]
 
 
@@ -686,7 +687,7 @@ def test_unzip_refuses_a_damaged_zip(tmp_path, damage):
     archive.write_bytes(dict(encrypted=secret, method=raw[:8] + b"\x63" + raw[9:entry + 10] + b"\x63" + raw[entry + 11:], half=raw[:len(raw) // 2], text=b"<html>Not found</html>", crc=raw[:at] + b"X" + raw[at + 1:],
                              deflate=raw[:at] + b"\xff" * 4 + raw[at + 4:]).get(damage, raw))       # 11 in bits 1, 2: no block type of deflate
     with mistake(archive):
-        common.unzip(archive, "CoLA/dev.tsv", path)
+        tasks.unzip(archive, "CoLA/dev.tsv", path)
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [archive]
 
 
@@ -714,10 +715,10 @@ def test_read_corpus(tmp_path, bert):
     tokenizer = AutoTokenizer.from_pretrained(bert)
     path = write(tmp_path / "c.txt", "\ufeff\n\nw1 w2\r\nw3\u2028w4\n  \t\n\nw5\n\u200b\nw6 w7 w8\n\n \n")
     want = [[["w1", "w2"], ["w3", "w4"]], [["w5"], ["w6", "w7", "w8"]]]                     # a line of no token (U+200B) is no line
-    assert [[tokenizer.convert_ids_to_tokens(line) for line in d] for d in common.read_corpus(path, tokenizer)] == want
+    assert [[tokenizer.convert_ids_to_tokens(line) for line in d] for d in tasks.read_corpus(path, tokenizer)] == want
     for text in ("", "\n \n", "\u200b\n", b"caf\xe9\n"):
         with pytest.raises((ValueError, common.Mistake)) as info:
-            common.read_corpus(write(path, text), tokenizer)
+            tasks.read_corpus(write(path, text), tokenizer)
         assert str(path) in str(info.value) and "\n" not in str(info.value)
 
 
@@ -731,7 +732,7 @@ def pretraining(bert, batch, length, documents, lines, tokens, seed=0):
         ids = [first + (d * lines * tokens + k) for k in range(lines * tokens)]
         place |= {t: (d, k) for k, t in enumerate(ids)}
         texts.append([ids[k:k + tokens] for k in range(0, len(ids), tokens)])
-    out = {k: v.numpy() for k, v in common.mlm_nsp_batch(texts, tokenizer, batch, length, np.random.default_rng(seed)).items()}
+    out = {k: v.numpy() for k, v in tasks.mlm_nsp_batch(texts, tokenizer, batch, length, np.random.default_rng(seed)).items()}
     rows = []
     for ids, labels, types, attend, label in zip(*(out[k] for k in ("input_ids", "labels", "token_type_ids", "attention_mask", "next_sentence_label"))):
         n = attend.sum()

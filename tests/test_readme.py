@@ -127,6 +127,25 @@ def test_the_ladders_numbers():
             assert int(changed) == sum(line[:1] in "<>" for line in printed.splitlines()), f"diff {neighbour}.py {script}.py"
 
 
+def test_the_ladders_scores():
+    """The same table's F1 and seconds: the means over results/embedded.tsv of squad at 3 %."""
+    shown = re.findall(r"^\| `(\w+)\.py` \|(?:[^|]*\|){2} ([\d.]+) \| (\d+) \|", README.read_text(encoding="utf-8"), flags=re.M)
+    head, *rows = [line.split("\t") for line in (ROOT / "results/embedded.tsv").read_text().splitlines()]
+    runs = [dict(zip(head, row)) for row in rows]
+    assert [row[0] for row in shown] == ["magnitude", "mvp", "soft_mvp", "l0", "mgpp", "rpp"]
+    for script, f1, seconds in shown:
+        mine = [r for r in runs if (r["method"], r["task"], r["sparsity"]) == (script, "squad", "0.03")]
+        assert mine and f1 == f"{sum(float(r['scores'].split()[-1]) for r in mine) / len(mine):.1f}", script
+        assert seconds == f"{sum(int(r['seconds']) for r in mine) / len(mine):.0f}", script
+
+
+@pytest.mark.parametrize("name", ["embedded", "sst2"])
+def test_the_tables_are_those_of_the_results(name):
+    lines = README.read_text(encoding="utf-8").splitlines()
+    table = (ROOT / f"results/{name}.md").read_text().splitlines()
+    assert len(table) > 3 and table == lines[lines.index(table[0]):][:len(table)]
+
+
 def test_it_opens_with_the_set_up():
     """Both set-up commands of CONTRACT.md, to the letter, in a code block within the first 40 lines."""
     opening = [line.strip().removeprefix("$ ").split("#")[0].strip() for n, line in blocks(README.read_text(encoding="utf-8")) if n <= 40]

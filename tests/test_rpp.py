@@ -15,6 +15,7 @@ import torch
 import transformers
 
 import common
+import tasks
 import rpp
 from conftest import ENV, ROOT
 from test_scripts import logged, nonzero, one_sentence, same_bytes, tree, weights_of
@@ -128,10 +129,10 @@ def test_the_l1_term_never_enters_adams_moments(data, tmp_path, monkeypatch, cap
     # plain transformers: the gradient of its own loss, clipped to 1 -> moments after one step, 0.1 g and 0.001 g^2; lr of the first step
     tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "mini/bert")
     model = transformers.BertForPreTraining.from_pretrained(ROOT / "mini/bert").train()
-    documents = common.read_corpus(data / "corpus.txt", tokenizer)
+    documents = tasks.read_corpus(data / "corpus.txt", tokenizer)
     hyper = rpp.HYPER["mini"]["*"]["pretrain"]
     train = [d for i, d in enumerate(documents) if i % 20]
-    model(**common.mlm_nsp_batch(train, tokenizer, 4, hyper["length"], np.random.default_rng([0, 0]))).loss.backward()
+    model(**tasks.mlm_nsp_batch(train, tokenizer, 4, hyper["length"], np.random.default_rng([0, 0]))).loss.backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
     lr = hyper["lr"] * common.lr_factor(0, 6, hyper["warmup"])
     for k, p in model.named_parameters():
@@ -223,8 +224,8 @@ def test_accuracies_are_those_of_the_saved_support(trained, data):
     ended, out = trained("rpp", "squad", 0.1, *SHORT)
     told = json.loads((out / "result.json").read_text())["pretraining"]
     tokenizer, hyper = transformers.AutoTokenizer.from_pretrained(out / "support"), rpp.HYPER["mini"]["*"]["pretrain"]
-    held = common.read_corpus(data / "corpus.txt", tokenizer)[::20]
-    batch = common.mlm_nsp_batch(held, tokenizer, len(held), hyper["length"], np.random.default_rng([0]))
+    held = tasks.read_corpus(data / "corpus.txt", tokenizer)[::20]
+    batch = tasks.mlm_nsp_batch(held, tokenizer, len(held), hyper["length"], np.random.default_rng([0]))
     assert len(held) == 15
     for folder, when in ((ROOT / "mini/bert", "before"), (out / "support", "after")):
         model = transformers.BertForPreTraining.from_pretrained(folder).eval()

@@ -390,7 +390,7 @@ def test_stopped_and_resumed(trained, call, data, script, tmp_path):
     assert again.code == 0 and again.out.splitlines()[-1] == ended.out.splitlines()[-1] and tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ["magnitude", "l0", "rpp"])      # what a method has to remember: nothing, multipliers, a phase more
 def test_killed_and_resumed(trained, fork, data, script, tmp_path):
     """SIGKILL in the middle of a checkpoint, of the model's file, and twice at a random moment; then to the end: the same bytes."""
     rng, out = random.Random(script), tmp_path / "o"
@@ -635,7 +635,7 @@ def cosine(a, b):
     return float(a @ b / (a.norm() * b.norm()))
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if s != "mvp"])          # soft_mvp has its masks and scores, ranked together
 def test_two_processes(trained, fork, data, script, tmp_path):
     """On two gloo processes: one RESULT, the same kept, the same masks on both at every step, and about those of one process. Stopped at the
     eighth step both go on from rank 0's checkpoint of the sixth, with the masks that they would have had, to the same bytes."""
