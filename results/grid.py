@@ -6,7 +6,8 @@ Run        python results/grid.py embedded                                      
 
 rpp.py needs a text to pre-train on: mini/ has one, for sst2 give --corpus FILE, or it is left out.
 
-Stopped, it goes on where it was: a finished run (result.json) is not run again, an unfinished one is resumed. After each run
+Stopped, it goes on where it was: a finished run (result.json) is not run again, an unfinished one is resumed; with --keep the rows of the
+results file are not run again either, whose folders are gone. After each run
 results/NAME.tsv and the table below it, results/NAME.md, are written anew from all runs that are finished. The cores are divided among
 the jobs (OMP_NUM_THREADS), and a run's bytes depend on that number, so the file names it.
 """
@@ -52,7 +53,7 @@ def folder(args, run):
 
 def execute(args, run):
     out = folder(args, run)
-    if (out / "result.json").exists():
+    if (out / "result.json").exists() or run in args.kept:
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     words = [sys.executable, *command(args, run), "--out", str(out), *(["--resume"] if (out / "log.jsonl").exists() else [])]
@@ -65,23 +66,33 @@ def execute(args, run):
         write(args)
 
 
+def tsv(args):
+    return Path(args.results) / f"{args.grid}.tsv"
+
+
+def read(args):
+    """{run: its row} of the results file as it stands."""
+    rows = [line.split("\t") for line in tsv(args).read_text().splitlines()[1:]] if tsv(args).exists() else []
+    return {(row[0], row[1], float(row[2]), int(row[3])): row for row in rows}
+
+
 def write(args):
     """results/NAME.tsv, a row a run, and results/NAME.md, means over seeds."""
     rows, cells = [], {}
     # in the file's commands no folder of this machine stands
     shown = argparse.Namespace(**vars(args) | {key: key.upper() for key in ("model", "data", "corpus") if getattr(args, key)} | {"runs": "out"})
     for run in runs(args.grid):
-        path = folder(args, run) / "result.json"
-        if not path.exists():
-            continue
-        result = json.loads(path.read_text())
-        scores = " ".join(f"{k} {x:.2f}" for k, x in result["metrics"].items())
-        rows.append([*map(str, run), f"{100 * result['kept']:.3f}", scores, str(result["steps"]), f"{result['seconds']:.0f}",
-                     str(result["threads"]), result["versions"]["torch"], result["versions"]["transformers"],
-                     " ".join(["python", *command(shown, run)])])
-        cells.setdefault((run[1], run[2], run[0]), []).append(list(result["metrics"].values()))
+        path, row = folder(args, run) / "result.json", args.kept.get(run)
+        if path.exists():
+            result = json.loads(path.read_text())
+            scores = " ".join(f"{k} {x:.2f}" for k, x in result["metrics"].items())
+            row = [*map(str, run), f"{100 * result['kept']:.3f}", scores, str(result["steps"]), f"{result['seconds']:.0f}", str(result["threads"]),
+                   result["versions"]["torch"], result["versions"]["transformers"], " ".join(["python", *command(shown, run)])]
+        if row:
+            rows.append(row)
+            cells.setdefault((run[1], run[2], run[0]), []).append([float(x) for x in row[5].split()[1::2]])
     head = "method task sparsity seed kept_% scores steps seconds threads torch transformers command".split()
-    (Path(args.results) / f"{args.grid}.tsv").write_text("\n".join("\t".join(row) for row in [head, *rows]) + "\n")
+    tsv(args).write_text("\n".join("\t".join(row) for row in [head, *rows]) + "\n")
     columns = [m for m in COLUMNS if any(m == method for method, *_ in runs(args.grid))]
     lines = ["| task, kept | " + " | ".join(["dense", *columns]) + " |", "|---" * (len(columns) + 2) + "|"]
     for task, v in dict.fromkeys((task, v) for task, v, *_ in GRIDS[args.grid] if v < 1):
@@ -103,7 +114,9 @@ def main():
     p.add_argument("--jobs", type=int, default=2, help="runs at a time")
     p.add_argument("--runs", default=str(ROOT / "out"), help="where the runs' folders are")
     p.add_argument("--results", default=str(ROOT / "results"), help="where the results file is written")
+    p.add_argument("--keep", action="store_true", help="what the results file has already counts as finished")
     args = p.parse_args()
+    args.kept = read(args) if args.keep else {}
     chosen = [r for r in runs(args.grid) if r[0] in args.only.split(",") and args.where in folder(args, r).name]
     chosen = [r for r in chosen if r[0] not in ("rpp", "nip") or args.corpus or args.grid == "embedded"]
     with ThreadPoolExecutor(args.jobs) as pool:

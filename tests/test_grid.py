@@ -13,7 +13,7 @@ import grid                                             # noqa: E402
 
 
 def arguments(name, folder):
-    return argparse.Namespace(grid=name, model="M", data="D", corpus="C", runs=str(folder), results=str(folder))
+    return argparse.Namespace(grid=name, model="M", data="D", corpus="C", runs=str(folder), results=str(folder), kept={})
 
 
 @pytest.mark.parametrize("name", grid.GRIDS)
@@ -69,3 +69,14 @@ def test_a_run_that_is_finished_is_not_run_again_and_one_that_was_stopped_goes_o
     for _ in range(3):
         grid.execute(args, run)
     assert [("--resume" in words) for words in started] == [False, True]
+
+
+def test_rows_that_are_kept_are_not_run_again_and_stay(tmp_path, monkeypatch):
+    args, run = arguments("sst2", tmp_path), ("mvp", "sst2", 0.1, 0)
+    row = "mvp\tsst2\t0.1\t0\t10.000\tacc 77.25\t7\t3\t2\tt\tf\tpython mvp.py"
+    (tmp_path / "sst2.tsv").write_text(f"head\n{row}\n")
+    args.kept = grid.read(args)
+    monkeypatch.setattr(grid.subprocess, "run", lambda *words, **more: pytest.fail("it was run"))
+    grid.execute(args, run)
+    grid.write(args)
+    assert (tmp_path / "sst2.tsv").read_text().splitlines()[1:] == [row] and "| 77.2 (1) |" in (tmp_path / "sst2.md").read_text()
