@@ -43,8 +43,9 @@ SHARED = ("preset", "model", "data", "steps", "batch_size", "lr", "device")
 
 
 class Runs:
-    """The finished runs of one task in a folder. v: the share kept that the figures of one share look at."""
-    def __init__(self, folder, task="squad", v=0.03, train=False):
+    """The finished runs of one task in a folder. v: the share kept that the figures of one share look at. results: a file of
+    results/grid.py's, whose rows count as runs where scores alone are asked for (self.scored)."""
+    def __init__(self, folder, task="squad", v=0.03, train=False, results=None):
         self.folder, self.task, self.v, self.train, self.lacks, self.held = Path(folder), task, v, train, [], []
         for path in sorted(self.folder.glob("*/result.json")):
             result, log = json.loads(path.read_text()), path.parent / "log.jsonl"
@@ -52,10 +53,21 @@ class Runs:
                 flags = json.loads(log.read_text().partition("\n")[0]).get("args", {})          # as given, before the preset filled them in
                 own = {key: flags[key] for key in OWN if flags.get(key) not in (None, False, "local")}
                 self.held.append(result | dict(folder=path.parent, flags=flags, own=own))
+        self.scored, known = [*self.held], {(r["method"], r["sparsity"], r["seed"], *r["own"]) for r in self.held}
+        for line in Path(results).read_text().splitlines()[1:] if results and Path(results).exists() else ():
+            method, of, v, seed, _, metrics = line.split("\t")[:6]
+            method, own = ("rpp", {"nip": True}) if method == "nip" else (method, {})
+            if of == task and (method, float(v), int(seed), *own) not in known:
+                numbers = dict(zip(metrics.split()[::2], map(float, metrics.split()[1::2])))
+                self.scored.append(dict(method=method, task=of, sparsity=float(v), seed=int(seed), metrics=numbers, own=own))
 
     def find(self, method, v, **own):
         """All such runs, by seed; own: the flags that set it off from the method's plain run."""
-        found = [r for r in self.held if (r["method"], r["own"]) == (method, own) and r["sparsity"] is not None and math.isclose(r["sparsity"], v)]
+        return self.among(self.held, method, v, own)
+
+    @staticmethod
+    def among(runs, method, v, own):
+        found = [r for r in runs if (r["method"], r["own"]) == (method, own) and r["sparsity"] is not None and math.isclose(r["sparsity"], v)]
         return sorted(found, key=lambda r: r["seed"])
 
     def first(self, method, v=None, **own):
@@ -99,11 +111,11 @@ def score(result):
 
 def share_of_dense(runs):
     """{method: (shares kept, mean, lowest and highest score over the seeds)}, scores as shares of the dense runs' mean; {} without a dense run."""
-    dense = [score(r) for r in runs.find("magnitude", 1)]
+    dense = [score(r) for r in runs.among(runs.scored, "magnitude", 1, {})]
     table = {}
     for method in METHODS if dense else ():
-        shares = sorted({r["sparsity"] for r in runs.held if (r["method"], r["own"]) == (method, {}) and r["sparsity"]})
-        scores = [[score(r) / np.mean(dense) for r in runs.find(method, v)] for v in shares if v < 1]
+        shares = sorted({r["sparsity"] for r in runs.scored if (r["method"], r["own"]) == (method, {}) and r["sparsity"]})
+        scores = [[score(r) / np.mean(dense) for r in runs.among(runs.scored, method, v, {})] for v in shares if v < 1]
         if scores:
             rows = [(v, np.mean(s), min(s), max(s)) for v, s in zip(shares, scores)]
             table[method] = tuple(np.array(rows + [(1.0, 1.0, min(dense) / np.mean(dense), max(dense) / np.mean(dense))]).T)
@@ -253,10 +265,11 @@ def draw_score(plt, runs):
     """Score against the share kept, movement paper Fig. 2: left these runs, right the papers' results as hollow marks.
 
     See: with a third of the weights all are within a few points; at 3 % magnitude has fallen away, and those that learn what to keep hold."""
-    runs.first("magnitude", 1)
-    for method in METHODS:
-        runs.first(method)
     table = share_of_dense(runs)
+    if set(table) != set(METHODS):                                  # then say which runs would make it whole
+        runs.first("magnitude", 1)
+        for method in METHODS:
+            runs.first(method)
     if not table:
         return None
     fig, (ours, theirs) = panels(plt, "The fewer weights are kept, the more the method matters", sharey=True, width_ratios=[1.25, 1])
@@ -276,7 +289,7 @@ def draw_score(plt, runs):
         ax.grid(axis="y", color="#E4E4E4", linewidth=1)
         ax.set_axisbelow(True)
     ours.set(xlim=(0.12, 100), ylim=(0, 104), ylabel="score, % of the dense score"), theirs.set(xlim=(0.9, 100))
-    seeds = len({r["seed"] for r in runs.held})
+    seeds = len({r["seed"] for r in runs.scored})
     ours.set_title(f"these runs: {runs.task}, {f'up to {seeds} seeds' if seeds > 1 else '1 seed'}")
     theirs.set_title("the papers: BERT-base, SQuAD 1.1")
     label_ends(ours, {m: (100 * v[0], 100 * mean[0]) for m, (v, mean, *_) in table.items()}, "left")
@@ -472,6 +485,7 @@ def save(plt, fig, path):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--runs", default="out/embedded", help="the folder of the runs' folders")
+    p.add_argument("--results", default=str(ROOT / "results/embedded.tsv"), help="scores of runs whose folders are not there")
     p.add_argument("--out", default="figures", help="where the PNGs go")
     p.add_argument("--task", default="squad")
     p.add_argument("--sparsity", default=0.03, type=float, metavar="V", help="share kept in the figures that look at one share")
@@ -481,7 +495,7 @@ def main():
     unknown = set(args.only.split(",")) - set(FIGURES)
     if unknown:
         p.error(f"there is no figure {', '.join(sorted(unknown))}: give some of {', '.join(FIGURES)}")
-    runs, plt = Runs(args.runs, args.task, args.sparsity, args.train), style()
+    runs, plt = Runs(args.runs, args.task, args.sparsity, args.train, args.results), style()
     for name in args.only.split(","):
         runs.lacks = []
         fig = FIGURES[name](plt, runs)

@@ -105,6 +105,13 @@ def test_share_of_dense(tmp_path):
     v, mean, low, high = table["mvp"]
     np.testing.assert_allclose([v, mean, low, high], [[0.03, 0.1, 1], [0.8, 0.95, 1], [0.7, 0.95, 0.8], [0.9, 0.95, 1.2]])
     assert draw.share_of_dense(draw.Runs(tmp_path / "nothing")) == {}
+    # rows of a results file count where there is no folder, and only there; rpp's baseline is not rpp
+    rows = ["head", "mvp\tsquad\t0.03\t0\t3.0\tEM 1.0 F1 2.0", "mvp\tsquad\t0.03\t2\t3.0\tEM 1.0 F1 50.0", "mvp\tmnli\t0.1\t1\t10.0\tacc 9.0 acc_mm 9.0",
+            "rpp\tsquad\t0.1\t0\t10.0\tEM 1.0 F1 60.0", "nip\tsquad\t0.1\t0\t10.0\tEM 1.0 F1 5.0"]
+    (tmp_path / "r.tsv").write_text("\n".join(rows) + "\n")
+    table = draw.share_of_dense(draw.Runs(tmp_path, results=tmp_path / "r.tsv"))
+    np.testing.assert_allclose([x[:2] for x in table["mvp"][:2]], [[0.03, 0.1], [0.7, 0.95]])
+    np.testing.assert_allclose(table["rpp"][1], [0.6, 1])
 
 
 @pytest.mark.parametrize("prefix", ["bert.", ""])
