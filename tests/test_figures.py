@@ -208,7 +208,7 @@ def test_every_figure_is_drawn(tmp_path, monkeypatch, capsys):
         folder = tmp_path / f"runs/inside/{name}-squad-0.03-s0"
         folder.mkdir(parents=True)
         np.savez(folder / "inside.npz", **seen)
-    monkeypatch.setattr(sys, "argv", ["draw.py", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "png")])
+    monkeypatch.setattr(sys, "argv", ["draw.py", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "png"), "--results", "none"])
     draw.main()
     sizes = {path.stem: path.stat().st_size for path in (tmp_path / "png").iterdir()}
     assert set(sizes) == set(draw.FIGURES) and max(sizes.values()) < 120_000
@@ -218,7 +218,7 @@ def test_every_figure_is_drawn(tmp_path, monkeypatch, capsys):
 
 def test_what_is_lacking_is_said(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib is not here: pip install -r figures/requirements.txt")
-    monkeypatch.setattr(sys, "argv", ["draw.py", "--runs", str(tmp_path / "none"), "--out", str(tmp_path / "png"), "--only", "score,scores"])
+    monkeypatch.setattr(sys, "argv", ["draw.py", "--runs", str(tmp_path / "none"), "--out", str(tmp_path / "png"), "--only", "score,scores", "--results", "none"])
     draw.main()
     out = capsys.readouterr().out
     assert out.count("not drawn") == 2 and "python magnitude.py --task squad --sparsity 1 " in out and not (tmp_path / "png").exists()
