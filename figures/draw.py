@@ -56,7 +56,7 @@ class Runs:
         self.scored, known = [*self.held], {(r["method"], r["sparsity"], r["seed"], *r["own"]) for r in self.held}
         for line in Path(results).read_text().splitlines()[1:] if results and Path(results).exists() else ():
             method, of, v, seed, _, metrics = line.split("\t")[:6]
-            method, own = ("rpp", {"nip": True}) if method == "nip" else (method, {})
+            method, own = {"nip": ("rpp", {"nip": True}), "kd": ("soft_mvp", {"teacher": True})}.get(method, (method, {}))
             if of == task and (method, float(v), int(seed), *own) not in known:
                 numbers = dict(zip(metrics.split()[::2], map(float, metrics.split()[1::2])))
                 self.scored.append(dict(method=method, task=of, sparsity=float(v), seed=int(seed), metrics=numbers, own=own))

@@ -19,11 +19,12 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ["magnitude", "mvp", "soft_mvp", "l0", "mgpp", "rpp"]
-COLUMNS = [*METHODS, "nip"]             # rpp.py --nip
+OTHERS = {"nip": ["rpp.py", "--nip"], "kd": ["soft_mvp.py"]}         # RPP's baseline; soft_mvp.py with the dense run as --teacher
+COLUMNS = [*METHODS, *OTHERS]
 WRITING = threading.Lock()
 # grid: [(task, share kept, seeds, methods)]
 DENSE = ["magnitude"]                   # at 1
-GRIDS = {"embedded": [("squad", 1, [0, 1, 2], DENSE), ("squad", 0.1, [0, 1, 2], METHODS), ("squad", 0.03, [0, 1, 2], METHODS), ("squad", 0.1, [0, 1], ["nip"]),
+GRIDS = {"embedded": [("squad", 1, [0, 1, 2], DENSE), ("squad", 0.1, [0, 1, 2], METHODS), ("squad", 0.03, [0, 1, 2], METHODS), ("squad", 0.1, [0, 1], ["nip"]), ("squad", 0.03, [0, 1], ["kd"]),
                       ("mnli", 1, [0], DENSE), ("mnli", 0.03, [0], METHODS), ("qqp", 1, [0], DENSE), ("qqp", 0.03, [0], METHODS),
                       ("squad", 0.4, [0], ["rpp"]), ("mnli", 0.4, [0], ["rpp"]), ("qqp", 0.4, [0], ["rpp"])],
          "sst2": [("sst2", 1, [0, 1], DENSE), ("sst2", 0.1, [0, 1], METHODS), ("sst2", 0.03, [0, 1], METHODS)]}
@@ -37,13 +38,15 @@ def runs(grid):
 
 def command(args, run):
     method, task, v, seed = run
-    words = [*{"nip": ["rpp.py", "--nip"]}.get(method, [f"{method}.py"]), "--task", task, "--sparsity", f"{v:g}", "--seed", str(seed), *FLAGS[args.grid].split()]
+    words = [*OTHERS.get(method, [f"{method}.py"]), "--task", task, "--sparsity", f"{v:g}", "--seed", str(seed), *FLAGS[args.grid].split()]
     for flag in ("model", "data"):
         words += [f"--{flag}", getattr(args, flag)] if getattr(args, flag) else []
     if method in ("rpp", "nip") and args.corpus:
         words += ["--corpus", args.corpus]
     if method == "rpp" and task in ("mnli", "qqp"):                 # one support serves every task: that of squad's run
         words += ["--support", str(folder(args, (method, "squad", v, seed)))]
+    if method == "kd":
+        words += ["--teacher", str(folder(args, ("magnitude", task, 1, seed)))]
     return words
 
 
@@ -120,8 +123,8 @@ def main():
     chosen = [r for r in runs(args.grid) if r[0] in args.only.split(",") and args.where in folder(args, r).name]
     chosen = [r for r in chosen if r[0] not in ("rpp", "nip") or args.corpus or args.grid == "embedded"]
     with ThreadPoolExecutor(args.jobs) as pool:
-        for later in (False, True):                                 # what starts from another run's support comes last
-            list(pool.map(lambda run: execute(args, run), [r for r in chosen if ("--support" in command(args, r)) == later]))
+        for later in (False, True):                                 # what starts from another run comes last
+            list(pool.map(lambda run: execute(args, run), [r for r in chosen if bool({"--support", "--teacher"} & {*command(args, r)}) == later]))
     write(args)
     print((Path(args.results) / f"{args.grid}.md").read_text())
 
