@@ -2,7 +2,7 @@
 
 Zhang, Sun and Liang 2024 (arXiv 2411.00969). First author's code: MingxuanZhangPurdue/PTMGP at b3700cc02f, class MWA.
 
-Result     3.00 % kept, F1 61.5, 59.2 on the embedded squad, 10.00 %: 80.8, 81.6 (dense 98.9; seeds 0, 1; 1,000 steps); at 3 %
+Result     3.00 % kept, F1 61.5, 59.2 on the embedded squad, 10.00 %: 80.8, 81.6 (dense 99.4, 98.8; seeds 0, 1; 1,000 steps); at 3 %
            with --mix 1 54.7; magnitude.py --scope global, no prior and no regrowth: 34.5 (seed 0). Accuracy 50.9, 50.9 on
            SST-2 with a 6-layer MiniLM: chance (why: below); 10.00 %: 76.5, 76.7 (magnitude.py 76.8, 76.8; dense 87.0, 86.8;
            seeds 0, 1; 1,200 steps). One CPU core, torch 2.13.0, transformers 5.23.0; commands in README. The paper's tables were

@@ -1,6 +1,7 @@
 """Makes the embedded world: a small BERT, pre-trained, and SQuAD, MNLI, QQP and a corpus in the real formats.
 
-Result     dense fine-tuning (python magnitude.py --sparsity 1, seed 0): @@DENSE@@
+Result     dense fine-tuning (python magnitude.py --sparsity 1 --task ..., seed 0): squad EM 99.3 F1 99.4, mnli 91.8 matched and 90.7
+           mismatched, qqp 97.0 (accuracy)
 Writes     squad/{train,dev}-v1.1.json   5,000 and 600 questions on texts of 35-70 words
            glue/MNLI, glue/QQP           16,000 and 6,000 pairs to train on; dev 450 matched, 450 mismatched, 500
            corpus.txt                    10,000 short documents: four of five a text on one line and, on another, questions on all it
