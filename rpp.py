@@ -38,7 +38,7 @@ did not help (mini/make.py, catechism). A large lr helps where little is kept an
 68.8 at 40 %. Open: the 3.5 points that squad lacks at 40 %; magnitude.py --sparsity 0.4, which knows the task as it prunes, lacks 1.7.
 --nip      The paper's baseline: no penalty; at even intervals the smallest |w| go, about 10 % of all at a time (recalled), for good.
 
-Run        python rpp.py                                                             embedded BERT, corpus and task, CPU, three minutes
+Run        python rpp.py                                                             embedded BERT, corpus and task, CPU, 201 s on two cores
            python rpp.py --task mnli --support out/rpp-squad-0.03-s0                 another task on the same support
            python rpp.py --preset paper --corpus FILE                                bert-base-uncased, the whole of SQuAD
            The last line printed: RESULT rpp squad keeps 3.00% (prunes 97.00%) EM .. F1 .. | steps, seconds, seed | folder
