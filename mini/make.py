@@ -157,7 +157,7 @@ def mnli(world, n, openers):
             if table[relation][0][0] != kind or world.rng.random() < 0.5:
                 value = world.value(table[relation][0][0], [name] + [v for _, v in facts])
         hypothesis = f"{name[0].upper() + name[1:]} {world.state(topic, (relation, value))}."
-        rows.append(("hearsay" if openers[0] else "report", premise, hypothesis, label))
+        rows.append(("report" if "" in openers else "hearsay", premise, hypothesis, label))
     return [rows[i] for i in world.choose(n, n)]
 
 

@@ -24,7 +24,8 @@ COLUMNS = [*METHODS, *OTHERS]
 WRITING = threading.Lock()
 # grid: [(task, share kept, seeds, methods)]
 DENSE = ["magnitude"]                   # at 1
-GRIDS = {"embedded": [("squad", 1, [0, 1, 2], DENSE), ("squad", 0.1, [0, 1, 2], METHODS), ("squad", 0.03, [0, 1, 2], METHODS), ("squad", 0.1, [0, 1], ["nip"]), ("squad", 0.03, [0, 1], ["kd"]),
+GRIDS = {"embedded": [("squad", 1, [0, 1, 2], DENSE), ("squad", 0.1, [0, 1, 2], METHODS), ("squad", 0.03, [0, 1, 2], METHODS),
+                      ("squad", 0.1, [0, 1], ["nip"]), ("squad", 0.03, [0, 1], ["kd"]),
                       ("mnli", 1, [0], DENSE), ("mnli", 0.03, [0], METHODS), ("qqp", 1, [0], DENSE), ("qqp", 0.03, [0], METHODS),
                       ("squad", 0.4, [0], ["rpp"]), ("mnli", 0.4, [0], ["rpp"]), ("qqp", 0.4, [0], ["rpp"])],
          "sst2": [("sst2", 1, [0, 1], DENSE), ("sst2", 0.1, [0, 1], METHODS), ("sst2", 0.03, [0, 1], METHODS)]}
@@ -52,6 +53,10 @@ def command(args, run):
 
 def folder(args, run):
     return Path(args.runs) / args.grid / "{}-{}-{:g}-s{}".format(*run)
+
+
+def starts_from_another(args, run):
+    return any(flag in command(args, run) for flag in ("--support", "--teacher"))
 
 
 def execute(args, run):
@@ -123,8 +128,8 @@ def main():
     chosen = [r for r in runs(args.grid) if r[0] in args.only.split(",") and args.where in folder(args, r).name]
     chosen = [r for r in chosen if r[0] not in ("rpp", "nip") or args.corpus or args.grid == "embedded"]
     with ThreadPoolExecutor(args.jobs) as pool:
-        for later in (False, True):                                 # what starts from another run comes last
-            list(pool.map(lambda run: execute(args, run), [r for r in chosen if bool({"--support", "--teacher"} & {*command(args, r)}) == later]))
+        for later in (False, True):                                 # when the runs that they start from are finished
+            list(pool.map(lambda run: execute(args, run), [r for r in chosen if starts_from_another(args, r) == later]))
     write(args)
     print((Path(args.results) / f"{args.grid}.md").read_text())
 

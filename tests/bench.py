@@ -7,7 +7,8 @@ Shapes   mini: the embedded BERT, 4 layers x 128, 32 of its own questions a step
 Time     The main() of the method's script and that of a dense run (mgpp.py --sparsity 1: it does nothing but fine-tune) take turns, a
          step each, in two threads of one process, so that both see the same machine at the same time. A ratio is a step over the
          dense step before it. All start at 100 % kept and end at 10: the masks are those of a whole schedule.
-         rpp is rpp.py's fine-tuning on a support; rpp, pre-training its other phase, beside the same pre-training without pruning.
+         rpp is rpp.py's fine-tuning on a support; rpp pre-training its other phase, beside the same pre-training without pruning
+         (pairs of 80 tokens in both shapes).
          full sort is the yardstick: magnitude.py with a full sort of each matrix, as in the official code of movement pruning (which
          does that once for each forward pass, we once for each step).
 Memory   The peak of a process that runs the method alone: resident on a CPU, torch's allocator on CUDA. Evaluation: ms a question, there.
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common
 
-ROWS = ["dense", "magnitude", "mvp", "soft_mvp", "l0", "mgpp", "rpp", "rpp, pre-training", "full sort"]
+ROWS = ["dense", "magnitude", "mvp", "soft_mvp", "l0", "mgpp", "rpp", "rpp pre-training", "full sort"]
 SHAPES = {"mini": dict(batch_size=32, length=128, steps=103), "base": dict(batch_size=16, length=384, steps=23)}
 IGNORED = 3                             # first steps: memory is laid out, caches are cold
 
@@ -94,7 +95,7 @@ def train(row, spec):
     """All steps of a row's script."""
     thread, folder = threading.current_thread(), spec["folder"]
     thread.row = row
-    module = importlib.import_module({"dense": "mgpp", "dense pre-training": "rpp", "full sort": "magnitude"}.get(row, row.split(",")[0]))
+    module = importlib.import_module({"dense": "mgpp", "dense pre-training": "rpp", "full sort": "magnitude"}.get(row, row.split()[0]))
     flags = ["--preset", "mini", "--sparsity", "1" if row == "dense" else "0.1", "--device", spec["device"], "--steps", str(spec["steps"]),
              "--batch_size", str(spec["batch_size"]), "--model", f"{folder}/bert", "--data", f"{folder}/data", "--out", f"{folder}/out/{time.time()}"]
     args = module.flags().parse_args(flags + ["--support", f"{folder}/pruned"] * (row == "rpp"))
@@ -143,7 +144,7 @@ def lay_out(shape, spec):
     """Model, data and a pruned model of this shape in spec["folder"]."""
     from transformers import BertConfig, BertForPreTraining
     folder, mini = Path(spec["folder"]), ROOT / "mini"
-    config, tokenizer = common.load_config(str(mini / "bert"))
+    _, tokenizer = common.load_config(str(mini / "bert"))
     model = BertForPreTraining.from_pretrained(mini / "bert") if shape == "mini" else BertForPreTraining(BertConfig())
     model.save_pretrained(folder / "bert")
     for layer in common.prunable(model).values():
@@ -184,14 +185,13 @@ def table(shape, args):
         lay_out(shape, spec)
         print(f"\n| {shape}, {args.device} | ms a step | x dense: median (quartiles) | mean | memory, GB | x dense | evaluation, ms a question |\n|---|---|---|---|---|---|---|")
         memory = {}
-        for row in [r for r in ROWS if r == "dense" or r in args.only.split(";")]:
-            base = "dense pre-training" if row == "rpp, pre-training" else "dense"
+        for row in [r for r in ROWS if r == "dense" or r in args.only.split(",")]:
+            base = "dense pre-training" if row == "rpp pre-training" else "dense"
             alone = measure(spec | {"steps": IGNORED + 2}, [row])
             memory[row] = alone["bytes"] / 1e9
-            if row == "rpp, pre-training":
+            if row == "rpp pre-training":
                 memory[base] = measure(spec | {"steps": IGNORED + 2}, [base])["bytes"] / 1e9
-            ms = alone[row][IGNORED:]
-            ratios, cell = None, "|"
+            ms, cell = alone[row][IGNORED:], "|"
             if row != "dense":
                 pair = measure(spec, [base, row])
                 ms, ratios = pair[row][IGNORED:], np.divide(pair[row], pair[base])[IGNORED:]
@@ -203,10 +203,13 @@ def table(shape, args):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shapes", default="mini,base")
-    p.add_argument("--only", default=";".join(ROWS), help="rows, separated by semicolons")
+    p.add_argument("--only", default=",".join(ROWS), help="rows, separated by commas")
     p.add_argument("--steps", type=int, help="of each run")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args()
+    unknown = set(args.only.split(",")) - set(ROWS)
+    if unknown:
+        p.error(f"there is no row {', '.join(sorted(unknown))}: give some of {', '.join(ROWS)}")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'}")
     for shape in args.shapes.split(","):
         table(shape, args)
