@@ -140,7 +140,7 @@ def pretrain(run, task, folder):
     weights, net = common.prunable(model), run.parallel(common.PreTraining(model))
     dense = [layer.weight for layer in weights.values()]            # w: (out, in) each
     # No weight decay: it would press on the weights beside the penalty.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, eps=1e-8, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, eps=1e-8, weight_decay=0.0, fused=True)
     state = {"alpha": [torch.ones_like(w) for w in dense], "gamma": []}             # alpha: (out, in) each; gamma: at each round's end
     done = run.restore(phase="pre-training", steps=steps, model=model, optimizer=optimizer, state=state)
     run.say(f"pre-training on {text.path}: {steps} steps of {size} pairs | {'NIP' if args.nip else f'{args.rounds} rounds'} to step {last}, "
@@ -243,8 +243,8 @@ def main(args):
     masks = [layer.weight != 0 for layer in weights.values()]       # (out, in) each: the support
     # </method>
 
-    # No weight decay, as in the paper (AdamW's default is 0.01): it would shrink what is being ranked.
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, eps=1e-8, weight_decay=0.0)
+    # No weight decay, as in the paper (AdamW's default is 0.01): it would shrink what is being ranked. fused: all of Adam in one pass.
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, eps=1e-8, weight_decay=0.0, fused=True)
     trained = [p for group in groups for p in group["params"]]
     net = run.parallel(model)
 

@@ -6,12 +6,12 @@ Run        python results/grid.py embedded                                      
 
 rpp.py needs a text to pre-train on: mini/ has one, for sst2 give --corpus FILE, or it is left out.
 
-Stopped, it goes on where it was: a finished run (result.json) is not run again, an unfinished one is resumed; with --keep the rows of the
-results file are not run again either, whose folders are gone. After each run
-results/NAME.tsv and the table below it, results/NAME.md, are written anew from all runs that are finished. The cores are divided among
-the jobs (OMP_NUM_THREADS), and a run's bytes depend on that number, so the file names it.
+Stopped, it goes on where it was: a finished run (result.json) is not run again, an unfinished one is resumed. After each run results/NAME.tsv
+and the table of its means, results/NAME.md, are written anew: the finished runs, and the file's own rows of runs whose folders are not
+here. With --keep such a row counts as finished; without, it stands until its run has been made again. The cores are divided among the jobs
+(OMP_NUM_THREADS); a run's bytes depend on that number and on the code, so the row names both.
 """
-import argparse, json, os, subprocess, sys, threading
+import argparse, json, os, shutil, subprocess, sys, threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -59,19 +59,33 @@ def starts_from_another(args, run):
     return any(flag in command(args, run) for flag in ("--support", "--teacher"))
 
 
+def commit():
+    """The code's: git's short hash, with a + if a file has been changed since; empty without git."""
+    git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    return git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "mini"))
+
+
 def execute(args, run):
     out = folder(args, run)
-    if (out / "result.json").exists() or run in args.kept:
-        return
+    with WRITING:
+        if (out / "result.json").exists() or args.keep and run in read(args):
+            return
     out.parent.mkdir(parents=True, exist_ok=True)
     words = [sys.executable, *command(args, run), "--out", str(out), *(["--resume"] if (out / "log.jsonl").exists() else [])]
     env = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))}
     with open(f"{out}.txt", "a") as log:
+        print("commit", commit(), file=log, flush=True)
         code = subprocess.run(words, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT).returncode
     last = (Path(f"{out}.txt").read_text().strip().splitlines() or ["nothing was printed"])[-1]
     print(last if code in (0, 3) else f"{out.name} ended with {code}: {last}", flush=True)
     with WRITING:
         write(args)
+
+
+def commits(args, run):
+    """Of the code that made the run: more than one if it was stopped and went on under another."""
+    lines = Path(f"{folder(args, run)}.txt").read_text().splitlines()
+    return " ".join(dict.fromkeys(line.split()[1] for line in lines if line.startswith("commit ") and len(line.split()) == 2))
 
 
 def tsv(args):
@@ -86,20 +100,20 @@ def read(args):
 
 def write(args):
     """results/NAME.tsv, a row a run, and results/NAME.md, means over seeds."""
-    rows, cells = [], {}
+    rows, cells, known = [], {}, read(args)
     # in the file's commands no folder of this machine stands
     shown = argparse.Namespace(**vars(args) | {key: key.upper() for key in ("model", "data", "corpus") if getattr(args, key)} | {"runs": "out"})
     for run in runs(args.grid):
-        path, row = folder(args, run) / "result.json", args.kept.get(run)
+        path, row = folder(args, run) / "result.json", known.get(run)
         if path.exists():
             result = json.loads(path.read_text())
             scores = " ".join(f"{k} {x:.2f}" for k, x in result["metrics"].items())
             row = [*map(str, run), f"{100 * result['kept']:.3f}", scores, str(result["steps"]), f"{result['seconds']:.0f}", str(result["threads"]),
-                   result["versions"]["torch"], result["versions"]["transformers"], " ".join(["python", *command(shown, run)])]
+                   result["versions"]["torch"], result["versions"]["transformers"], commits(args, run), " ".join(["python", *command(shown, run)])]
         if row:
             rows.append(row)
             cells.setdefault((run[1], run[2], run[0]), []).append([float(x) for x in row[5].split()[1::2]])
-    head = "method task sparsity seed kept_% scores steps seconds threads torch transformers command".split()
+    head = "method task sparsity seed kept_% scores steps seconds threads torch transformers commit command".split()
     tsv(args).write_text("\n".join("\t".join(row) for row in [head, *rows]) + "\n")
     columns = [m for m in COLUMNS if any(m == method for method, *_ in runs(args.grid))]
     lines = ["| task, kept | " + " | ".join(["dense", *columns]) + " |", "|---" * (len(columns) + 2) + "|"]
@@ -122,9 +136,8 @@ def main():
     p.add_argument("--jobs", type=int, default=2, help="runs at a time")
     p.add_argument("--runs", default=str(ROOT / "out"), help="where the runs' folders are")
     p.add_argument("--results", default=str(ROOT / "results"), help="where the results file is written")
-    p.add_argument("--keep", action="store_true", help="what the results file has already counts as finished")
+    p.add_argument("--keep", action="store_true", help="what the results file has counts as finished, wherever its folder is")
     args = p.parse_args()
-    args.kept = read(args) if args.keep else {}
     chosen = [r for r in runs(args.grid) if r[0] in args.only.split(",") and args.where in folder(args, r).name]
     chosen = [r for r in chosen if r[0] not in ("rpp", "nip") or args.corpus or args.grid == "embedded"]
     with ThreadPoolExecutor(args.jobs) as pool:

@@ -112,7 +112,7 @@ def dense_pretraining(rpp, args):
     run = Timed(rpp.__file__, args, rpp.HYPER)
     text = common.Corpus(run, None, common.load_config(args.model)[1], args.batch_size, args.pretrain["length"])
     model, _ = common.load_pretraining(run, args.model)
-    net, optimizer = common.PreTraining(model), torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
+    net, optimizer = common.PreTraining(model), torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
     run.restore(phase="pre-training", steps=args.steps)
     for step in range(args.steps):
         run.seed_step(step)

@@ -13,7 +13,7 @@ import grid                                             # noqa: E402
 
 
 def arguments(name, folder):
-    return argparse.Namespace(grid=name, model="M", data="D", corpus="C", runs=str(folder), results=str(folder), kept={})
+    return argparse.Namespace(grid=name, model="M", data="D", corpus="C", runs=str(folder), results=str(folder), keep=False)
 
 
 @pytest.mark.parametrize("name", grid.GRIDS)
@@ -48,10 +48,11 @@ def test_what_it_writes(tmp_path):
         out.mkdir(parents=True)
         (out / "result.json").write_text(json.dumps(dict(metrics=dict(EM=f1 - 1, F1=f1), kept=0.03, steps=7, seconds=3.4, threads=2, versions=dict(
             torch="t", transformers="f"))))
+        Path(f"{out}.txt").write_text("commit abc1234\nstep 00001/00007\ncommit abc1234+\nRESULT\n")
     grid.write(args)
     head, *rows = [line.split("\t") for line in (tmp_path / "embedded.tsv").read_text().splitlines()]
     assert len(rows) == 2 and rows[1][:9] == ["mvp", "squad", "0.03", "1", "3.000", "EM 89.00 F1 90.00", "7", "3", "2"] and len(head) == len(rows[0])
-    assert rows[0][-1] == "python mvp.py --task squad --sparsity 0.03 --seed 0 --preset mini --device cpu --model MODEL --data DATA"
+    assert rows[0][-2] == "abc1234 abc1234+" and rows[0][-1] == "python mvp.py --task squad --sparsity 0.03 --seed 0 --preset mini --device cpu --model MODEL --data DATA"
     table = (tmp_path / "embedded.md").read_text().splitlines()
     assert next(line for line in table if line.startswith("| squad, 3 %")).split("|")[4].strip() == "84.0 / 85.0 (2)"       # means, and of how many
 
@@ -61,6 +62,8 @@ def test_a_run_that_is_finished_is_not_run_again_and_one_that_was_stopped_goes_o
     run = ("mvp", "sst2", 0.1, 0)
 
     def fake(words, **more):
+        if words[0] == "git":
+            return argparse.Namespace(stdout="abc1234" if "rev-parse" in words else "")
         started.append(words)
         out = Path(words[words.index("--out") + 1])
         out.mkdir(exist_ok=True)
@@ -75,10 +78,9 @@ def test_a_run_that_is_finished_is_not_run_again_and_one_that_was_stopped_goes_o
 
 def test_rows_that_are_kept_are_not_run_again_and_stay(tmp_path, monkeypatch):
     args, run = arguments("sst2", tmp_path), ("mvp", "sst2", 0.1, 0)
-    row = "mvp\tsst2\t0.1\t0\t10.000\tacc 77.25\t7\t3\t2\tt\tf\tpython mvp.py"
+    row = "mvp\tsst2\t0.1\t0\t10.000\tacc 77.25\t7\t3\t2\tt\tf\tc\tpython mvp.py"
     (tmp_path / "sst2.tsv").write_text(f"head\n{row}\n")
-    args.kept = grid.read(args)
     monkeypatch.setattr(grid.subprocess, "run", lambda *words, **more: pytest.fail("it was run"))
-    grid.execute(args, run)
-    grid.write(args)
+    grid.execute(argparse.Namespace(**vars(args) | {"keep": True}), run)
+    grid.write(args)                                    # without --keep too, until the run has been made again
     assert (tmp_path / "sst2.tsv").read_text().splitlines()[1:] == [row] and "| 77.2 (1) |" in (tmp_path / "sst2.md").read_text()

@@ -1,14 +1,22 @@
-"""README's commands: every one in a code block names a script that is here, with flags that the script itself accepts. None is run."""
+"""README: every command in a code block is run, in their order and for a few steps; every number that other files hold is theirs.
+
+pip and pytest themselves are for .ci/run."""
 import contextlib
 import importlib
 import io
+import json
 import re
 import shlex
+import shutil
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from transformers import BertConfig, BertForPreTraining
 
+from conftest import ENV, SHORT, Ended
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 SET_UP = ["pip install -r requirements.txt && python soft_mvp.py --task squad --sparsity 0.03", "pip install -r requirements.txt && pytest"]
@@ -114,6 +122,68 @@ def test_every_command_parses():
     assert wrong == [], "\n".join(wrong)
     shown = {words[1] for _, words in found if words[0] == "python" and len(words) > 1}
     assert {"magnitude.py", "mvp.py", "soft_mvp.py"} <= shown, f"README shows no command of {sorted({'magnitude.py', 'mvp.py', 'soft_mvp.py'} - shown)}"
+
+
+@pytest.fixture(scope="module")
+def stand_ins(data, tmp_path_factory):
+    """What README's capitals stand for: DIR, the few questions of conftest.py with a sst2 and a tsv; FOLDER, a BERT of one layer that
+    takes 512 tokens, as --preset paper wants it; FILE, a text."""
+    base = tmp_path_factory.mktemp("readme")
+    shutil.copytree(data, base / "data")
+    rows = [("what a fine drum", 1), ("a broken drum", 0)] * 20
+    for folder, head in (("glue/SST-2", "sentence\tlabel"), ("tsv", "text\tlabel")):
+        (base / "data" / folder).mkdir(parents=True)
+        for part in ("train", "dev"):
+            (base / f"data/{folder}/{part}.tsv").write_text("\n".join([head, *(f"{text}\t{label}" for text, label in rows)]) + "\n")
+    shutil.copytree(ROOT / "mini/bert", base / "bert")
+    known = json.loads((base / "bert/config.json").read_text())
+    small = dict(vocab_size=known["vocab_size"], hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    BertForPreTraining(BertConfig(**small)).save_pretrained(base / "bert")
+    return {"DIR": base / "data", "FOLDER": base / "bert", "FILE": base / "data/corpus.txt", "cuda": "cpu"}
+
+
+def shortened(words, stand_ins):
+    """The words for a few steps, on what stands in; so does it for what a preset would take from mini/ or load down."""
+    flags = [str(stand_ins.get(word, word)) for word in words]
+    flags += [] if "--data" in flags else ["--data", str(stand_ins["DIR"])]
+    flags += ["--model", str(stand_ins["FOLDER"])] if "paper" in flags and "--model" not in flags else []
+    return [*flags, *SHORT]
+
+
+def test_every_command_runs(call, stand_ins, tmp_path):
+    """All but torchrun's, in README's order, for one may need what another left. What the last one counts is what the first one kept."""
+    ran, kept = [], None
+    for n, (program, *rest) in commands(README.read_text(encoding="utf-8")):
+        if program == "diff":
+            assert subprocess.run(["diff", *rest], cwd=ROOT, capture_output=True).returncode == 1, f"README.md, line {n}"
+        elif program == "python" and rest[0] == "-c":
+            ended = subprocess.run([sys.executable, *rest], cwd=tmp_path, env=ENV, text=True, capture_output=True)
+            kept = float(ended.stdout)
+        elif program == "python":
+            ended = call(rest[0][:-3], *shortened(rest[1:], stand_ins), cwd=tmp_path)
+            assert ended.code == 0 and ended.out.splitlines()[-1].startswith(f"RESULT {rest[0][:-3]} "), f"README.md, line {n}: {ended}"
+            ran.append(rest[0])
+    assert len(ran) >= 8 and {"soft_mvp.py", "mvp.py", "magnitude.py", "rpp.py"} <= {*ran} and round(kept, 4) == 0.03
+
+
+def test_every_torchrun_runs(stand_ins, tmp_path):
+    """On two processes: of one machine, and one of each of two, which start together and both end well; rank 0 alone reports."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    seen = [words for _, words in commands(README.read_text(encoding="utf-8")) if words[0] == "torchrun"]
+    alone, several = [words for words in seen if "--standalone" in words], [words for words in seen if "--standalone" not in words]
+    assert len(alone) == 1 and [next(w for w in words if "node_rank" in w)[-1] for words in several] == ["0", "1"]
+    for machines in (alone, several):
+        started = []
+        for words in machines:
+            script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+            own = [re.sub("master_addr=.*", "master_addr=127.0.0.1", re.sub("master_port=.*", f"master_port={port}", word)) for word in words[1:script]]
+            own = [re.sub("nproc_per_node=.*", f"nproc_per_node={2 // len(machines)}", word) for word in own]
+            line = [sys.executable, "-m", "torch.distributed.run", *own, ROOT / words[script], *shortened(words[script + 1:], stand_ins)]
+            started.append(subprocess.Popen(line, cwd=tmp_path, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        ended = [Ended(process.wait(60), *process.communicate()) for process in started]
+        assert [e.code for e in ended] == [0] * len(machines) and "Traceback" not in "".join(e.err for e in ended), ended
+        assert [e.out.count("RESULT") for e in ended] == [1, 0][:len(machines)] and re.search("cpu.* x 2 ", ended[0].out), ended
 
 
 def test_the_ladders_numbers():

@@ -634,7 +634,7 @@ def cosine(a, b):
     return float(a @ b / (a.norm() * b.norm()))
 
 
-@pytest.mark.parametrize("script", ["soft_mvp", "l0", "rpp"])       # scores, noise, two phases; magnitude: test_torchrun
+@pytest.mark.parametrize("script", ["soft_mvp", "l0", "rpp"])       # scores, noise, two phases; torchrun itself: test_readme.py
 def test_two_processes(trained, fork, data, script, tmp_path):
     """On two gloo processes: one RESULT, the same kept, the same masks on both at every step, and about those of one process. Stopped at the
     eighth step both go on from rank 0's checkpoint of the sixth, with the masks that they would have had, to the same bytes."""
@@ -660,13 +660,6 @@ def test_two_processes(trained, fork, data, script, tmp_path):
     ended, rest = run("p", False, "--resume")
     assert (ended.code, ended.err) == (0, "") and "going on from step 6" in ended.out and rest == masks[6:]
     assert same_bytes(tmp_path / "o", tmp_path / "p")
-
-
-def test_torchrun(trained, data, tmp_path):
-    """The command of README, on two processes."""
-    ended = spawn(*TORCHRUN, ROOT / "magnitude.py", "--task", "squad", "--sparsity", 0.1, "--data", data, "--out", "o", *SHORT, cwd=tmp_path)
-    assert ended.code == 0 and "Traceback" not in ended.err and ended.out.count("RESULT") == 1 and "cpu x 2" in ended.out      # err: on threads
-    assert nonzero(tmp_path / "o") == nonzero(trained("magnitude", "squad", 0.1)[1])
 
 
 # Sends a signal at the third step: to this process of two, or to torchrun itself.
