@@ -4,7 +4,7 @@ Result     dense fine-tuning (python magnitude.py --sparsity 1 --task ..., seed 
            mismatched, qqp 97.0 (accuracy)
 Writes     squad/{train,dev}-v1.1.json   5,000 and 600 questions on texts of 35-70 words
            glue/MNLI, glue/QQP           16,000 and 6,000 pairs to train on; dev 450 matched, 450 mismatched, 500
-           corpus.txt                    10,000 short documents: four of five a text on one line and, on another, questions on all it
+           corpus.txt                    9,000 short documents: four of five a text on one line and, on another, questions on what it
                                          says, answered; the rest as in the pre-training's stream
            bert/                         BertForPreTraining, 4 layers x 128, 4 heads, 1,302 whole words (letters for the rest)
 World      People, towns, ships and books have 70 relations (words.py) to people, places, years, things and goods, each
@@ -218,11 +218,11 @@ def document(world, most=6):
 
 
 def catechism(world):
-    """A text of two to four facts, and on a line of their own the questions on all of them, answered: line and line belong together as
-    SQuAD's question and context do."""
+    """A text of three to six facts, and on a line of their own the questions on three of them, answered: line and line belong together as
+    SQuAD's question and context do, and are about as long."""
     topic, name = world.subject(["person"] * 5 + ["town", "ship", "book"])
-    facts = world.facts(topic, name, int(world.rng.integers(2, 5)), 1 if world.rng.random() < 0.4 else 2)
-    lines = [world.prose(topic, name, facts), " ".join(f"{world.ask(topic, facts[i][0], name)} {facts[i][1]}." for i in world.choose(len(facts), len(facts)))]
+    facts = world.facts(topic, name, int(world.rng.integers(3, 7)))
+    lines = [world.prose(topic, name, facts), " ".join(f"{world.ask(topic, facts[i][0], name)} {facts[i][1]}." for i in world.choose(len(facts), 3))]
     return lines if world.rng.random() < 0.5 else lines[::-1]
 
 
@@ -249,7 +249,7 @@ def write_data(out, seed):
         rows = [[i, 2 * i, 2 * i + 1, *row] for i, row in enumerate(qqp(world[part], n))]
         write_tsv(os.path.join(out, "glue", "QQP", part + ".tsv"), "id qid1 qid2 question1 question2 is_duplicate".split(), rows)
     with open(os.path.join(out, "corpus.txt"), "w", encoding="utf-8", newline="\n") as f:
-        f.write("\n\n".join("\n".join((document if i % 5 == 0 else catechism)(world["corpus"])) for i in range(10000)) + "\n")
+        f.write("\n\n".join("\n".join((document if i % 5 == 0 else catechism)(world["corpus"])) for i in range(9000)) + "\n")
 
 
 def write_tokenizer(folder, seed):

@@ -44,6 +44,8 @@ def command(args, run):
         words += [f"--{flag}", getattr(args, flag)] if getattr(args, flag) else []
     if method in ("rpp", "nip") and args.corpus:
         words += ["--corpus", args.corpus]
+    if method == "rpp" and v == 0.4 and task == "squad":            # nothing shall be lost: longer pre-training, once
+        words += ["--pretrain_steps", "2000"]
     if method == "rpp" and task in ("mnli", "qqp"):                 # one support serves every task: that of squad's run
         words += ["--support", str(folder(args, (method, "squad", v, seed)))]
     if method == "kd":

@@ -202,6 +202,15 @@ def test_open_loop(trained):
     assert result["sparsity"] is None and result["pretraining"]["kept"] == result["kept"]
 
 
+def test_two_phases_of_their_own_length(trained):
+    """--steps holds in both, unless --pretrain_steps sets the first."""
+    for flags, first in (((), 6), (("--pretrain_steps", 9), 9)):
+        ended, out = trained("rpp", "squad", 0.1, *SHORT, *flags)
+        assert ended.code == 0 and f": {first} steps of 4 pairs" in ended.out and "RESULT" in ended.out.splitlines()[-1]
+        told = json.loads((out / "result.json").read_text())
+        assert (told["steps"], told["pretraining"]["steps"]) == (6, first) and nonzero(out)[0] == round(0.1 * nonzero(out)[1])
+
+
 # ---- the support
 
 def test_fine_tuning_keeps_the_support(trained):
