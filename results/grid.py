@@ -64,7 +64,7 @@ def starts_from_another(args, run):
 def commit():
     """The code's: git's short hash, with a + if a file has been changed since; empty without git."""
     git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    return git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "mini"))
+    return git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no", "--", ":(glob)*.py", "mini"))
 
 
 def execute(args, run):
@@ -86,7 +86,8 @@ def execute(args, run):
 
 def commits(args, run):
     """Of the code that made the run: more than one if it was stopped and went on under another."""
-    lines = Path(f"{folder(args, run)}.txt").read_text().splitlines()
+    log = Path(f"{folder(args, run)}.txt")
+    lines = log.read_text().splitlines() if log.exists() else []
     return " ".join(dict.fromkeys(line.split()[1] for line in lines if line.startswith("commit ") and len(line.split()) == 2))
 
 
