@@ -27,7 +27,7 @@ DENSE = ["magnitude"]                   # at 1
 GRIDS = {"embedded": [("squad", 1, [0, 1, 2], DENSE), ("squad", 0.1, [0, 1, 2], METHODS), ("squad", 0.03, [0, 1, 2], METHODS),
                       ("squad", 0.1, [0, 1], ["nip"]), ("squad", 0.03, [0, 1], ["kd"]),
                       ("mnli", 1, [0], DENSE), ("mnli", 0.03, [0], METHODS), ("qqp", 1, [0], DENSE), ("qqp", 0.03, [0], METHODS),
-                      ("squad", 0.4, [0], ["rpp"]), ("mnli", 0.4, [0], ["rpp"]), ("qqp", 0.4, [0], ["rpp"])],
+                      ("squad", 0.4, [0, 1, 2], ["rpp"]), ("mnli", 0.4, [0], ["rpp"]), ("qqp", 0.4, [0], ["rpp"])],
          "sst2": [("sst2", 1, [0, 1], DENSE), ("sst2", 0.1, [0, 1], METHODS), ("sst2", 0.03, [0, 1], METHODS)]}
 FLAGS = {"embedded": "--preset mini --device cpu", "sst2": "--preset paper --steps 1200 --lr 3e-5 --device cpu"}
 
@@ -44,10 +44,9 @@ def command(args, run):
         words += [f"--{flag}", getattr(args, flag)] if getattr(args, flag) else []
     if method in ("rpp", "nip") and args.corpus:
         words += ["--corpus", args.corpus]
-    if method == "rpp" and v == 0.4 and task == "squad":            # nothing shall be lost: longer pre-training, once
-        words += ["--pretrain_steps", "2000"]
-    if method == "rpp" and task in ("mnli", "qqp"):                 # one support serves every task: that of squad's run
-        words += ["--support", str(folder(args, (method, "squad", v, seed)))]
+    if method == "rpp":                                             # one support serves every task, and at 40 % every seed
+        first = (method, "squad", v, 0 if v == 0.4 else seed)
+        words += ["--support", str(folder(args, first))] if run != first else ["--pretrain_steps", "2000"] if v == 0.4 else []
     if method == "kd":
         words += ["--teacher", str(folder(args, ("magnitude", task, 1, seed)))]
     return words

@@ -8,7 +8,7 @@ Time     The main() of the method's script and that of a dense run (mgpp.py --sp
          step each, in two threads of one process, so that both see the same machine at the same time. A ratio is a step over the
          dense step before it. All start at 100 % kept and end at 10: the masks are those of a whole schedule.
          rpp is rpp.py's fine-tuning on a support; rpp pre-training its other phase, beside the same pre-training without pruning
-         (pairs of 80 tokens in both shapes).
+         (pairs of 96 tokens in both shapes).
          full sort is the yardstick: magnitude.py with a full sort of each matrix, as in the official code of movement pruning (which
          does that once for each forward pass, we once for each step).
 Memory   The peak of a process that runs the method alone: resident on a CPU, torch's allocator on CUDA. Evaluation: ms a question, there.

@@ -33,11 +33,11 @@ def test_the_embedded_grid_is_what_was_asked_for():
     """squad: six methods at 10 % and 3 % and dense, three seeds; mnli and qqp: dense and 3 %; rpp at 40 % on all three, its baseline, and
     a teacher."""
     runs = grid.runs("embedded")
-    assert len(runs) == len(set(runs)) == 3 * (1 + 2 * 6) + 2 * (1 + 6) + 3 + 2 + 2
+    assert len(runs) == len(set(runs)) == 3 * (1 + 2 * 6) + 2 * (1 + 6) + 5 + 2 + 2
     for v in (0.1, 0.03):
         assert {(r[0], r[3]) for r in runs if r[1:3] == ("squad", v)} - {("nip", 0), ("nip", 1), ("kd", 0), ("kd", 1)} == {(m, s) for m in grid.METHODS for s in (0, 1, 2)}
     assert {(r[1], r[2], r[3]) for r in runs if r[2] == 1} == {("squad", 1, 0), ("squad", 1, 1), ("squad", 1, 2), ("mnli", 1, 0), ("qqp", 1, 0)}
-    assert {r for r in runs if r[2] == 0.4 or r[0] == "nip"} == {*(("rpp", t, 0.4, 0) for t in ("squad", "mnli", "qqp")), *(("nip", "squad", 0.1, s) for s in (0, 1))}
+    assert {r for r in runs if r[2] == 0.4 or r[0] == "nip"} == {*(("rpp", t, 0.4, 0) for t in ("squad", "mnli", "qqp")), *(("rpp", "squad", 0.4, s) for s in (1, 2)), *(("nip", "squad", 0.1, s) for s in (0, 1))}
     assert [r[3] for r in runs] == sorted(r[3] for r in runs)                      # one seed of everything first
 
 
