@@ -39,6 +39,9 @@ PAPER = {"magnitude": (88.07, [(90, 87.55), (60, 87.32), (40, 87.00), (30, 86.25
 
 # A run with one of these flags is not the method's plain run of README's tables.
 OWN = ("scope", "mix", "spike", "slab", "interval", "penalty", "score_lr", "gamma", "rounds", "nip", "teacher")
+# The other names of results/grid.py's: the script, and what sets it off.
+COLUMNS = {"mvp_global": ("mvp", {"scope": "global"}), "mvp_kd": ("mvp", {"teacher": True}), "soft_mvp_kd": ("soft_mvp", {"teacher": True}),
+         "nip": ("rpp", {"nip": True})}
 SHARED = ("preset", "model", "data", "steps", "batch_size", "lr", "device")
 
 
@@ -56,7 +59,7 @@ class Runs:
         self.scored, known = [*self.held], {(r["method"], r["sparsity"], r["seed"], *r["own"]) for r in self.held}
         for line in Path(results).read_text().splitlines()[1:] if results and Path(results).exists() else ():
             method, of, v, seed, _, metrics = line.split("\t")[:6]
-            method, own = {"nip": ("rpp", {"nip": True}), "kd": ("soft_mvp", {"teacher": True})}.get(method, (method, {}))
+            method, own = COLUMNS.get(method, (method, {}))
             if of == task and (method, float(v), int(seed), *own) not in known:
                 numbers = dict(zip(metrics.split()[::2], map(float, metrics.split()[1::2])))
                 self.scored.append(dict(method=method, task=of, sparsity=float(v), seed=int(seed), metrics=numbers, own=own))
@@ -384,16 +387,14 @@ def draw_layers(plt, runs):
         return None
     fig, axes = panels(plt, "A global ranking chooses layers and kinds, a local one cannot", sharey=True, width_ratios=[1, 1.35])
     for ax, part in zip(axes, (lambda name: int(name.split(".")[0]) + 1, lambda name: KINDS[name.split(".", 1)[1]])):
-        ends = {}
         for method, matrices in chosen.items():
             shares = kept_by(matrices, part)
-            _, colour, mark = METHODS.get(method, ("", OTHER, ""))
-            values = [100 * share for share in shares.values()]
-            ax.plot(range(len(values)), values, color=colour, marker=mark, linestyle="-" if mark else ":", clip_on=False)
-            ends[method] = len(values) - 1, values[-1]
+            name, colour, mark = METHODS.get(method, ("each matrix alone", OTHER, ""))
+            values, label = [100 * share for share in shares.values()], name + ", global" * (method in ("magnitude", "mvp"))
+            ax.plot(range(len(values)), values, color=colour, marker=mark, linestyle="-" if mark else ":", label=label, clip_on=False)
         ax.set_xticks(range(len(shares)), list(shares)), ax.set_xlim(-0.1, len(shares) - 0.9)
     axes[0].set(xlabel="layer", ylabel="kept, %", ylim=(0, None)), axes[1].tick_params(axis="x", labelsize=16)
-    label_ends(axes[1], ends)
+    axes[1].legend(ncols=2, frameon=False, fontsize=16, loc="upper left", labelcolor=INK)         # at the ends the lines lie together
     return fig
 
 

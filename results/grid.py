@@ -19,16 +19,20 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ["magnitude", "mvp", "soft_mvp", "l0", "mgpp", "rpp"]
-OTHERS = {"nip": ["rpp.py", "--nip"], "kd": ["soft_mvp.py"]}         # RPP's baseline; soft_mvp.py with the dense run as --teacher
+# one threshold without soft movement's penalty; with the dense run as --teacher; RPP's baseline
+OTHERS = {"mvp_global": ["mvp.py", "--scope", "global"], "mvp_kd": ["mvp.py"], "soft_mvp_kd": ["soft_mvp.py"], "nip": ["rpp.py", "--nip"]}
 COLUMNS = [*METHODS, *OTHERS]
 WRITING = threading.Lock()
 # grid: [(task, share kept, seeds, methods)]
 DENSE = ["magnitude"]                   # at 1
 GRIDS = {"embedded": [("squad", 1, [0, 1, 2], DENSE), ("squad", 0.1, [0, 1, 2], METHODS), ("squad", 0.03, [0, 1, 2], METHODS),
-                      ("squad", 0.1, [0, 1], ["nip"]), ("squad", 0.03, [0, 1], ["kd"]),
+                      ("squad", 0.1, [0, 1, 2], ["mvp_global"]), ("squad", 0.03, [0, 1, 2], ["mvp_global"]),
+                      ("squad", 0.1, [0, 1], ["nip"]), ("squad", 0.03, [0, 1], ["mvp_kd", "soft_mvp_kd"]),
                       ("mnli", 1, [0], DENSE), ("mnli", 0.03, [0], METHODS), ("qqp", 1, [0], DENSE), ("qqp", 0.03, [0], METHODS),
                       ("squad", 0.4, [0, 1, 2], ["rpp"]), ("mnli", 0.4, [0], ["rpp"]), ("qqp", 0.4, [0], ["rpp"])],
-         "sst2": [("sst2", 1, [0, 1], DENSE), ("sst2", 0.1, [0, 1], METHODS), ("sst2", 0.03, [0, 1], METHODS)]}
+         "sst2": [("sst2", 1, [0, 1], DENSE), ("sst2", 0.1, [0, 1], METHODS), ("sst2", 0.03, [0, 1], METHODS),
+                  ("sst2", 0.1, [0], ["mvp_kd", "soft_mvp_kd"]), ("sst2", 0.03, [0], ["mvp_kd", "soft_mvp_kd"])]}
+PRETRAIN = {0.4: 4000, 0.1: 2000}       # embedded, by share kept: more steps of pre-training than a run of three minutes has; nip's are rpp's
 FLAGS = {"embedded": "--preset mini --device cpu", "sst2": "--preset paper --steps 1200 --lr 3e-5 --device cpu"}
 
 
@@ -44,10 +48,12 @@ def command(args, run):
         words += [f"--{flag}", getattr(args, flag)] if getattr(args, flag) else []
     if method in ("rpp", "nip") and args.corpus:
         words += ["--corpus", args.corpus]
-    if method == "rpp":                                             # one support serves every task, and at 40 % every seed
-        first = (method, "squad", v, 0 if v == 0.4 else seed)
-        words += ["--support", str(folder(args, first))] if run != first else ["--pretrain_steps", "2000"] if v == 0.4 else []
-    if method == "kd":
+    first = (method, "squad", v, 0 if v == 0.4 else seed)           # rpp: one support serves every task, and at 40 % every seed
+    if method == "rpp" and args.grid == "embedded" and run != first:
+        words += ["--support", str(folder(args, first))]
+    elif method in ("rpp", "nip") and args.grid == "embedded" and v in PRETRAIN:
+        words += ["--pretrain_steps", str(PRETRAIN[v])]
+    if method.endswith("_kd"):
         words += ["--teacher", str(folder(args, ("magnitude", task, 1, seed)))]
     return words
 

@@ -23,22 +23,35 @@ def test_every_command_parses(name, tmp_path):
         script, *flags = grid.command(args, run)
         parsed = importlib.import_module(script[:-3]).flags().parse_args(flags)
         assert (parsed.task, parsed.sparsity, parsed.seed, parsed.model) == (*run[1:], "M")
-        assert script == {"nip": "rpp.py", "kd": "soft_mvp.py"}.get(run[0], f"{run[0]}.py") and getattr(parsed, "nip", False) == (run[0] == "nip")
-        assert bool(parsed.teacher) == (run[0] == "kd")
+        assert script == {"nip": "rpp.py", "mvp_global": "mvp.py"}.get(run[0], run[0].removesuffix("_kd") + ".py")
+        assert getattr(parsed, "nip", False) == (run[0] == "nip") and (getattr(parsed, "scope", None) == "global") == (run[0] == "mvp_global")
+        assert bool(parsed.teacher) == run[0].endswith("_kd")
+        if script == "rpp.py" and name == "sst2":                                  # no run of that grid leaves a support for another
+            assert parsed.corpus == "C" and not parsed.support
         seen.add(grid.folder(args, run))
     assert len(seen) == len(grid.runs(name))                                       # a folder each
 
 
 def test_the_embedded_grid_is_what_was_asked_for():
-    """squad: six methods at 10 % and 3 % and dense, three seeds; mnli and qqp: dense and 3 %; rpp at 40 % on all three, its baseline, and
-    a teacher."""
-    runs = grid.runs("embedded")
-    assert len(runs) == len(set(runs)) == 3 * (1 + 2 * 6) + 2 * (1 + 6) + 5 + 2 + 2
+    """squad: six methods at 10 % and 3 % and dense, three seeds; mnli and qqp: dense and 3 %; rpp at 40 % on all three; its baseline, a
+    teacher, and movement with one threshold beside them."""
+    runs, plain = grid.runs("embedded"), {*grid.METHODS}
+    assert len(runs) == len(set(runs)) == 3 * (1 + 2 * 6) + 2 * (1 + 6) + 5 + 2 + 4 + 6
     for v in (0.1, 0.03):
-        assert {(r[0], r[3]) for r in runs if r[1:3] == ("squad", v)} - {("nip", 0), ("nip", 1), ("kd", 0), ("kd", 1)} == {(m, s) for m in grid.METHODS for s in (0, 1, 2)}
+        assert {(r[0], r[3]) for r in runs if r[1:3] == ("squad", v) and r[0] in plain} == {(m, s) for m in plain for s in (0, 1, 2)}
     assert {(r[1], r[2], r[3]) for r in runs if r[2] == 1} == {("squad", 1, 0), ("squad", 1, 1), ("squad", 1, 2), ("mnli", 1, 0), ("qqp", 1, 0)}
-    assert {r for r in runs if r[2] == 0.4 or r[0] == "nip"} == {*(("rpp", t, 0.4, 0) for t in ("squad", "mnli", "qqp")), *(("rpp", "squad", 0.4, s) for s in (1, 2)), *(("nip", "squad", 0.1, s) for s in (0, 1))}
+    assert {r[1:] for r in runs if r[2] == 0.4} == {("squad", 0.4, 0), ("squad", 0.4, 1), ("squad", 0.4, 2), ("mnli", 0.4, 0), ("qqp", 0.4, 0)}
+    others = {(m, s): v for m, _, v, s in runs if m not in plain and m != "mvp_global"}
+    assert others == {("nip", 0): 0.1, ("nip", 1): 0.1} | {(m, s): 0.03 for m in ("mvp_kd", "soft_mvp_kd") for s in (0, 1)}
     assert [r[3] for r in runs] == sorted(r[3] for r in runs)                      # one seed of everything first
+
+
+def test_rpp_and_its_baseline_have_the_same_budget():
+    args = arguments("embedded", Path("runs"))
+    budget = {run: words[words.index("--pretrain_steps") + 1] for run in grid.runs("embedded") if "--pretrain_steps" in (words := grid.command(args, run))}
+    assert {run[0] for run in budget} == {"rpp", "nip"} and all(run[1] == "squad" for run in budget)
+    assert all(budget["rpp", *run[1:]] == steps for run, steps in budget.items() if run[0] == "nip")
+    assert not any("--support" in grid.command(args, run) for run in budget)
 
 
 def test_what_it_writes(tmp_path):
