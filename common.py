@@ -1,4 +1,4 @@
-"""Data and BERT loading for the six scripts: what dense fine-tuning needs too, and nothing of a method.
+"""Data and BERT loading for the six scripts: what dense fine-tuning needs too. Of a method there is RPP's loading of pre-trained models alone.
 
 In order: the run (preset, processes, seed, log, checkpoint) · the task (features, batches, evaluation) · BERT (load, prunable,
 loss) · the report. Mistakes, flags and exit, files, metrics and text for pre-training are in tasks.py.
@@ -49,21 +49,24 @@ class Run:
         self.data = Path(args.data or (MINI if args.preset == "mini" else "data"))
         self.out = Path(args.out or f"out/{self.method}-{args.task}-{args.sparsity:g}-s{args.seed}")
         demand(args.batch_size % self.world == 0, f"--batch_size {args.batch_size} cannot be split over {self.world} processes: give a multiple")
-        with blame(Exception, f"--device {args.device} is not to be had ({{}}): give cpu or cuda"):
+        with blame(Exception, f"--device {args.device or 'cuda'} is not to be had ({{}}): give cpu or cuda{', or start fewer processes' * (self.world > 1)}"):
             self.device = torch.device(args.device or ("cuda" if cuda else "cpu"))
             if self.device.type == "cuda" and self.world > 1:
                 self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(self.device)          # nccl's barriers too shall be on it
             torch.zeros(1, device=self.device).item()
         if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         # bf16 where the hardware multiplies in it; but the mini preset on a CPU is fp32, alike on every machine
-        self.bf16 = self.device.type == "cuda" or (args.preset == "paper" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
-        self.say(f"{self.method} {args.task}: {keeps(args.sparsity)} of the encoder's weights | preset {args.preset} ({why}) | "
+        self.bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if self.device.type == "cuda" else
+                     args.preset == "paper" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+        free = next((f" if --{flag} finds so many" for flag in ("penalty", "gamma") if getattr(args, flag, None)), "")
+        self.say(f"{self.method} {args.task}: {keeps(args.sparsity)} of the encoder's weights{free} | preset {args.preset} ({why}) | "
                  f"{self.device}{' bf16' * self.bf16}{f' x {self.world}' * (self.world > 1)} | seed {args.seed}")
         if 0.5 < args.sparsity < 1:
             self.say(f"--sparsity is the share KEPT: {args.sparsity:g} keeps {args.sparsity:.0%}; did you mean {1 - args.sparsity:g}?")
         self.check_out()
-        self.before, self.started, self.next_log, self.phase, self.every, self.extra = 0.0, time.time(), 0.0, None, None, {}   # before: --resume
+        self.before, self.started, self.next_log, self.phase, self.every, self.extra = 0.0, time.time(), 0.0, None, None, {}
         torch.manual_seed(args.seed % 2 ** 63)
 
     def check_out(self):
@@ -115,7 +118,7 @@ class Run:
     def log(self, step, loss, penalty, kept, goal, lr):
         """One line every ten seconds and at the last step. kept: a function, called only for a line. goal: a share, or None."""
         self.ends.append(time.time())
-        self.losses.append(loss.detach())
+        self.losses += [] if self.rank else [loss.detach()]             # of this process's part of the batch
         if self.rank or (self.seconds() < self.next_log and step < self.steps):
             return
         row = dict(phase=self.phase, step=step, loss=torch.stack(self.losses).float().mean().item(), penalty=float(torch.as_tensor(penalty).detach()),
@@ -139,7 +142,7 @@ class Run:
         told or self.say(f"checkpoint at step {step}, written in {took:.2f} s; from now on one every {self.every:.0f} s: under 2 % of the time")
 
     def begin(self):
-        """The first that is written of a run, when all flags and files have been found good: --out and log.jsonl; on --resume nothing."""
+        """Make --out and log.jsonl, the first that a run writes, once every flag and file has been found good; on --resume nothing."""
         path = self.out / "checkpoint.pt"
         with blame(OSError, f"--out {self.out} cannot be written ({{}}): give another folder"):
             self.out.mkdir(parents=True, exist_ok=True)
@@ -149,6 +152,8 @@ class Run:
             if self.args.resume or path.exists():
                 self.say("this run was stopped before its first checkpoint: it starts again from step 0" if self.args.resume else
                          f"{self.out} holds an unfinished run: starting it anew (--resume would have gone on)")
+            if not self.args.resume and (self.out / "result.json").exists():
+                self.say(f"{self.out} holds a finished run: this one takes its place")
             for old in (path, self.out / "result.json"):
                 old.unlink(missing_ok=True)
             self.args.resume or folder_whole(self.out / "support")      # rpp's; on --resume it is complete, and of these flags
@@ -200,7 +205,8 @@ class Task:
                 rows[name], self.labels = read_tsv(folder / f"{name}.tsv", files.texts, files.label, self.labels, run.say)
                 demand((rows[name][0][1] is None) == (rows["train"][0][1] is None), f"{folder}: text2 must be in both {name}.tsv and train.tsv")
         config, self.tokenizer = load_config(args.model)
-        self.length = min(args.length, config.max_position_embeddings)
+        self.positions, self.vocab_size = config.max_position_embeddings, config.vocab_size
+        self.length = min(args.length, self.positions)
         self.dev = {name: self.windows(r) if self.squad else self.pairs(r) for name, r in rows.items()}
         self.rows, self.train, self.n_dev = rows, self.dev.pop("train"), sum(len(rows[name]) for name in files.devs)
         self.per_epoch = max(1, len(self.train) // args.batch_size)
@@ -296,16 +302,21 @@ def loading(name):
 
 def load_bert(run, task, name=None):
     """A BERT with the task's head, on the device, its embeddings frozen. name: a teacher's folder, which must hold that head too."""
-    kind, options, heads = AutoModelForQuestionAnswering, {}, ("classifier.", "qa_outputs.", "bert.pooler.")
+    kind, options, heads = AutoModelForQuestionAnswering, {"num_labels": 2}, ("classifier.", "qa_outputs.", "bert.pooler.")
     if not task.squad:
         kind, labels = AutoModelForSequenceClassification, dict(enumerate(task.labels or ["score"]))
         options = dict(id2label=labels, label2id={x: i for i, x in labels.items()}, problem_type=None if task.labels else "regression")
     with loading(name or run.args.model):
         config = AutoConfig.from_pretrained(name or run.args.model)         # a folder of ours names its task; labels may be in another order
-        taught, theirs = getattr(config, "finetuning_task", task.name), [str(config.id2label[i]).lower() for i in sorted(config.id2label)]
-        demand(not name or taught == task.name, f"--teacher {name} was fine-tuned on {taught}, not on {task.name}: give one of this task")
-        demand(not name or sorted(theirs) != sorted(task.labels or [0]) or theirs == task.labels, f"--teacher {name} has its labels in the order "
-               f"{', '.join(theirs)}, not {', '.join(task.labels or [])}: give one with this order")
+        taught, theirs = getattr(config, "finetuning_task", None) or task.name, [str(config.id2label[i]).lower() for i in sorted(config.id2label)]
+        ours = [label.lower() for label in task.labels or []]
+        same = taught.lower().removeprefix("glue:").replace("-", "") == task.name                # as others may write it: sst-2, glue:sst2
+        demand(not name or same, f"--teacher {name} was fine-tuned on {taught}, not on {task.name}: give one of this task")
+        demand(not name or sorted(theirs) != sorted(ours) or theirs == ours, f"--teacher {name} has its labels in the order "
+               f"{', '.join(theirs)}, not {', '.join(ours)}: give one with this order")
+        demand(not name or config.vocab_size == task.vocab_size and config.max_position_embeddings >= task.length,
+               f"--teacher {name} has {config.vocab_size} words and {config.max_position_embeddings} positions, --model {run.args.model} has "
+               f"{task.vocab_size} and texts of {task.length} tokens: give a teacher that reads the same")
         model, info = kind.from_pretrained(name or run.args.model, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     lacking = sorted(k for k in {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])} if name or not k.startswith(heads))
     demand(not lacking, f"{name or run.args.model} has no {(lacking or [''])[0]} that fits: give a {f'model fine-tuned on {task.name}' if name else 'BERT'}")

@@ -17,10 +17,10 @@ Idea       The number of weights that are not zero has no gradient. So each weig
                minimise  L + lambda * mean over matrices of mean of P(z > 0)
            Evaluation has no noise: z = clamp(sigmoid(S) (r - l) + l, 0, 1), which is 0 where S <= -2.398; W * z is saved.
            In the paper lambda is given and what is kept comes out. Here --sparsity is met by an augmented Lagrangian
-               l1 h + l2 h^2,   h = d / v_t - 1,   l1 += 2 h and l2 += 60 h^2 at every step
-           after Wang, Wohlwend and Lei 2020 (arXiv 1910.04732): at the goal h vanishes, below it the push turns round.
+               l1 h + l2 h^2,   h = d / v_t - 1,   l1 += 2 h and l2 += 60 h^2 at every step       d: the share kept
+           after Wang, Wohlwend and Lei 2020 (arXiv 1910.04732): at the goal h vanishes, below it the push weakens, then turns round.
            h is relative, because in the paper's own runs lambda times what is kept hardly changes (75 -> 17.8 %, 13; 600 ->
-           2.9 %, 17): l1 then has one number to find. Its value is taken from the count of S > -2.398, its gradient from E[L0].
+           2.9 %, 17): l1 then has one number to find. d has the value of the count of S > -2.398 and the gradient of E[L0].
 
 Symbols    scores      log alpha, S    (out, in)   2.197 at the start: z > 0 with probability 0.98; learned at --score_lr
            gate        z               (out, in)   in [0, 1], exactly 0 and exactly 1 included
@@ -35,8 +35,8 @@ no moving average of the weights; noise from (1e-4, 1 - 1e-4); the start at 2.19
 Differs from the movement paper: the goal (above; --penalty LAMBDA is its open loop); one draw of noise serves all processes; the gap
 that is left at the end is closed by moving the nearest scores just across the threshold, and their number printed.
 
-Chosen by measurement, embedded squad, goal 3 %, seed 0; kept before the gap is closed. h = d - v, value and gradient of E[L0], with (20, 10000)
-for (2, 60): 4.58 %. The value counted: 3.92 %. h relative too, with (0.5, 3): 2.52 %; (2, 10): 2.80 %; (2, 60): 2.89 %.
+Chosen by measurement, embedded squad, goal 3 %, seed 0; kept before the gap is closed. With h = d - v, both value and gradient of d from
+E[L0], and an ascent of (20, 10000): 4.58 %. d's value counted: 3.92 %. h relative too, ascent (0.5, 3): 2.52 %; (2, 10): 2.80 %; (2, 60): 2.89 %.
 
 Run        python l0.py --task squad --sparsity 0.03                                 embedded BERT and data, CPU, about three minutes
            python l0.py --penalty 300                                                the paper's: what is kept follows from lambda
@@ -59,7 +59,7 @@ import common
 # <method: hyper-parameters>
 # The paper's, from the authors' run sheet; the rows of other tasks and the mini preset's are ours, the same in all scripts.
 # warmup, t_i and t_f are shares of the run (the paper counts steps: on SQuAD 5,400 of 55,000, t_i and t_f once that).
-# ascent: of l1 and l2 a step; ours. lr_end: share of lr left at the last step. clip: one norm over all that is trained, scores
+# ascent: step sizes of l1 and l2; ours. lr_end: share of lr left at the last step. clip: one norm over all that is trained, scores
 # included. length: in tokens.
 MINI = dict(steps=1000, batch_size=32, lr=5e-4, score_lr=1e-1, ascent=(2.0, 60.0), length=128, warmup=0.05, lr_end=0.0, t_i=0.05, t_f=0.3, clip=1.0)
 PAPER = dict(epochs=6, batch_size=32, lr=3e-5, score_lr=1e-1, ascent=(2.0, 60.0), length=128, warmup=0.05, lr_end=0.0, t_i=0.05, t_f=0.3, clip=1.0)
@@ -162,7 +162,7 @@ def main(args):
     """Fine-tune, prune meanwhile, save. Returns the exit status: 0, or 3 if the goal was missed."""
     run = common.Run(__file__, args, HYPER)             # preset, device, processes, --out; prints the first line
     task = common.Task(run)                             # features, batches, metrics
-    model = common.load_bert(run, task)                 # with a fresh head; its embeddings are frozen
+    model = common.load_bert(run, task)                 # with the task's head, new unless --model has it; embeddings frozen
     teacher = common.load_teacher(run, task)            # None without --teacher
     weights = common.prunable(model)                    # {name: Linear}, the six matrices of every encoder layer
     # All that is not frozen learns at args.lr times the schedule's factor; a method may add groups with peaks of their own.
@@ -181,7 +181,7 @@ def main(args):
     generator = torch.Generator(run.device)
     # </method>
 
-    # No weight decay, as in the paper (AdamW's default is 0.01): it would shrink what is being ranked. fused: all of Adam in one pass.
+    # No weight decay (AdamW's default is 0.01): what the loss and the method do not move stays. fused: all of Adam in one pass.
     optimizer = torch.optim.AdamW(groups, lr=args.lr, eps=1e-8, weight_decay=0.0, fused=True)
     trained = [p for group in groups for p in group["params"]]
     net = run.parallel(model)
@@ -223,7 +223,7 @@ def main(args):
         # nothing: the gate has a gradient of its own
         # </method>
 
-        # One norm over weights and scores together, as in the official code.
+        # One norm over all that is trained, scores included, as in movement's official code; with clip = inf nothing is clipped.
         nn.utils.clip_grad_norm_(trained, args.clip)
         optimizer.step()
 

@@ -101,8 +101,8 @@ def kth_largest(x, k):
     A sample brackets it, so that only the few elements inside the bracket are searched; a full sort costs 20 times more."""
     n = x.numel()
     if n > 100_000:
-        # A bracket [low, high] from every (n / 16384)-th element, four standard deviations to each side of the rank wanted.
-        sample = x[::n // 16384].sort(descending=True).values
+        # A bracket [low, high] from every (n / 16384)-th element (an odd number: not column by column), four standard deviations to each side.
+        sample = x[::n // 16384 | 1].sort(descending=True).values
         at, slack = k / n * len(sample), 4 * (k / n * (1 - k / n) * len(sample)) ** 0.5 + 2
         high, low = sample[max(int(at - slack), 0)], sample[min(int(at + slack), len(sample) - 1)]
         above, inside = int(torch.count_nonzero(x > high)), x[(x <= high) & (x >= low)]
@@ -156,7 +156,7 @@ def main(args):
     """Fine-tune, prune meanwhile, save. Returns the exit status: 0, or 3 if the goal was missed."""
     run = common.Run(__file__, args, HYPER)             # preset, device, processes, --out; prints the first line
     task = common.Task(run)                             # features, batches, metrics
-    model = common.load_bert(run, task)                 # with a fresh head; its embeddings are frozen
+    model = common.load_bert(run, task)                 # with the task's head, new unless --model has it; embeddings frozen
     teacher = common.load_teacher(run, task)            # None without --teacher
     weights = common.prunable(model)                    # {name: Linear}, the six matrices of every encoder layer
     # All that is not frozen learns at args.lr times the schedule's factor; a method may add groups with peaks of their own.
@@ -170,7 +170,7 @@ def main(args):
         parametrize.register_parametrization(layer, "weight", m)
     # </method>
 
-    # No weight decay, as in the paper (AdamW's default is 0.01): it would shrink what is being ranked. fused: all of Adam in one pass.
+    # No weight decay (AdamW's default is 0.01): what the loss and the method do not move stays. fused: all of Adam in one pass.
     optimizer = torch.optim.AdamW(groups, lr=args.lr, eps=1e-8, weight_decay=0.0, fused=True)
     trained = [p for group in groups for p in group["params"]]
     net = run.parallel(model)
@@ -204,7 +204,7 @@ def main(args):
         # nothing: W * M has masked dL/dW already
         # </method>
 
-        # One norm over weights and scores together, as in the official code.
+        # One norm over all that is trained, scores included, as in movement's official code; with clip = inf nothing is clipped.
         nn.utils.clip_grad_norm_(trained, args.clip)
         optimizer.step()
 

@@ -28,7 +28,7 @@ number of weights: here the share kept is a schedule's, and the spike mostly hol
 Symbols    weight      W           (out, in)   one of six matrices a layer
            lam         lambda      weight of the slab, 0.1 -> 1e-4 while pruning; --mix fixes it, 1 is plain L2
            spike, slab s0, s1      sigma_0^2 and sigma_1^2: variances, not standard deviations
-           v           1 - sparsity    share kept: 1 until t_i, then v_i -> v_f on the cubic
+           v           1 - (the paper's sparsity)      share kept: 1 until t_i, then v_i -> v_f on the cubic
 
 Unlike magnitude.py: zeros are written into the weights themselves, now and then, over all matrices at once, and come back if
 the loss wants them; the prior's gradient holds them down; no clipping.
@@ -120,7 +120,7 @@ def mixing_weight(step, steps, t_i, t_f, first=0.1, last=1e-4):
 
 
 def prior_gradient(w, lam, s0, s1):
-    """-grad log pi(w) of pi = lam N(0, s1) + (1 - lam) N(0, s0), for one example's worth of prior times n. Same shape as w.
+    """-grad log pi(w) of pi = lam N(0, s1) + (1 - lam) N(0, s0), not yet divided by n. Same shape as w.
 
     lam in (0, 1], s0 and s1 variances. g is a sigmoid, so that nothing overflows: not at w = 0, not at any w, not with s0 = 1e-12."""
     if lam == 1:
@@ -137,8 +137,8 @@ def kth_largest(x, k):
     A sample brackets it, so that only the few elements inside the bracket are searched; a full sort costs 20 times more."""
     n = x.numel()
     if n > 100_000:
-        # A bracket [low, high] from every (n / 16384)-th element, four standard deviations to each side of the rank wanted.
-        sample = x[::n // 16384].sort(descending=True).values
+        # A bracket [low, high] from every (n / 16384)-th element (an odd number: not column by column), four standard deviations to each side.
+        sample = x[::n // 16384 | 1].sort(descending=True).values
         at, slack = k / n * len(sample), 4 * (k / n * (1 - k / n) * len(sample)) ** 0.5 + 2
         high, low = sample[max(int(at - slack), 0)], sample[min(int(at + slack), len(sample) - 1)]
         above, inside = int(torch.count_nonzero(x > high)), x[(x <= high) & (x >= low)]
@@ -176,7 +176,7 @@ def main(args):
     """Fine-tune, prune meanwhile, save. Returns the exit status: 0, or 3 if the goal was missed."""
     run = common.Run(__file__, args, HYPER)             # preset, device, processes, --out; prints the first line
     task = common.Task(run)                             # features, batches, metrics
-    model = common.load_bert(run, task)                 # with a fresh head; its embeddings are frozen
+    model = common.load_bert(run, task)                 # with the task's head, new unless --model has it; embeddings frozen
     teacher = common.load_teacher(run, task)            # None without --teacher
     weights = common.prunable(model)                    # {name: Linear}, the six matrices of every encoder layer
     # All that is not frozen learns at args.lr times the schedule's factor; a method may add groups with peaks of their own.
@@ -190,7 +190,7 @@ def main(args):
     common.demand(args.spike < args.slab, f"--spike {args.spike} is not below --slab {args.slab}: both are variances, the spike's the smaller")
     # </method>
 
-    # No weight decay, as in the paper (AdamW's default is 0.01): it would shrink what is being ranked. fused: all of Adam in one pass.
+    # No weight decay (AdamW's default is 0.01): what the loss and the method do not move stays. fused: all of Adam in one pass.
     optimizer = torch.optim.AdamW(groups, lr=args.lr, eps=1e-8, weight_decay=0.0, fused=True)
     trained = [p for group in groups for p in group["params"]]
     net = run.parallel(model)
@@ -228,7 +228,7 @@ def main(args):
                 w.grad.add_(prior_gradient(w.detach(), lam, args.spike, args.slab), alpha=1 / n)
         # </method>
 
-        # One norm over weights and scores together, as in the official code.
+        # One norm over all that is trained, scores included, as in movement's official code; with clip = inf nothing is clipped.
         nn.utils.clip_grad_norm_(trained, args.clip)
         optimizer.step()
 

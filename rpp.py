@@ -58,7 +58,7 @@ import common
 # ours. recover: share of the steps after the last round. p: the largest exponent. A --batch_size, --lr or, without --pretrain_steps, --steps
 # holds in both phases.
 MINI = dict(steps=1000, batch_size=32, lr=5e-4, length=128, warmup=0.05, lr_end=0.0, clip=1.0, rounds=12,
-            pretrain=dict(steps=600, batch_size=32, lr=1e-3, length=96, warmup=0.05, recover=0.3, p=5, eps=1e-9))
+            pretrain=dict(steps=300, batch_size=32, lr=1e-3, length=96, warmup=0.05, recover=0.3, p=5, eps=1e-9))
 PAPER = dict(epochs=6, batch_size=32, lr=3e-5, length=128, warmup=0.05, lr_end=0.0, clip=1.0, rounds=6,
              pretrain=dict(steps=20000, batch_size=256, lr=2e-5, length=128, warmup=0.05, recover=0.3, p=5, eps=1e-9))
 HYPER = {"mini": {"*": MINI, "mnli": dict(steps=3000), "qqp": dict(steps=3000)},
@@ -91,7 +91,7 @@ def flags():
     p.add_argument("--device", help="cpu, cuda, cuda:1; default: cuda where it is here")
     # <method: flags>
     p.add_argument("--corpus", metavar="FILE", help="text to pre-train on, blank lines between documents; default: corpus.txt of --data or mini")
-    p.add_argument("--pretrain_steps", type=common.number(int, 1), help="of pre-training alone; --steps is then that of fine-tuning alone")
+    p.add_argument("--pretrain_steps", type=common.number(int, 1), help="steps of pre-training; --steps then sets fine-tuning only")
     p.add_argument("--gamma", type=common.number(float, 0), help="the paper's open loop: what is kept follows from gamma, not from --sparsity")
     p.add_argument("--rounds", type=common.number(int, 1), help="alpha is reweighted between them")
     p.add_argument("--nip", action="store_true", help="the paper's baseline: magnitude pruning, step by step, in the same pre-training")
@@ -104,7 +104,7 @@ def flags():
 # ---- method
 
 def largest_to_go(matrices, v):
-    """Of all elements (>= 0) of the matrices the largest that has to go if round(v n) of them, at least 1, shall stay; 0.0 if none has to."""
+    """The value at or below which elements (>= 0) are zeroed so that round(v n), at least 1, of all in the matrices stay; 0.0 if all may."""
     x = torch.cat([m.flatten() for m in matrices])                  # (n,)
     rank = x.numel() - max(1, round(v * x.numel()))                 # so many go
     # one order statistic: a CPU selects it faster than it sorts all, a GPU sorts faster than it selects
@@ -136,7 +136,7 @@ def pretrain(run, task, folder):
     steps, size, peak = (getattr(args, f"pretrain_{key}", None) or run.flags[key] or hyper[key] for key in ("steps", "batch_size", "lr"))
     last = max(1, round((1 - hyper["recover"]) * steps))            # the steps of all rounds
     cuts = max(1, round((1 - args.sparsity) / 0.1))                 # of --nip
-    text = common.Corpus(run, args.corpus, task.tokenizer, size, hyper["length"])
+    text = common.Corpus(run, args.corpus, task.tokenizer, size, min(hyper["length"], task.positions))
     model, new = common.load_pretraining(run, args.model)
     weights, net = common.prunable(model), run.parallel(common.PreTraining(model))
     dense = [layer.weight for layer in weights.values()]            # w: (out, in) each
@@ -164,12 +164,12 @@ def pretrain(run, task, folder):
         optimizer.step()
 
         # The share to keep: --nip goes down in even stairs, RPP on the cubic of the other scripts, both to V at step `last`.
-        share, gamma = min(1.0, (step + 1) / last), 0.0
-        v = args.sparsity + (1 - args.sparsity) * (1 - int(share * cuts) / cuts if args.nip else (1 - share) ** 3)
+        progress, gamma = min(1.0, (step + 1) / last), 0.0
+        v = args.sparsity + (1 - args.sparsity) * (1 - int(progress * cuts) / cuts if args.nip else (1 - progress) ** 3)
         with torch.no_grad():
             for w, zero in zip(dense, zeros):                       # Adam's old moments have moved them
                 w.masked_fill_(zero, 0.0)
-            if args.nip and int(share * cuts) > int(min(1.0, step / last) * cuts):              # a stair
+            if args.nip and int(progress * cuts) > int(min(1.0, step / last) * cuts):              # a stair
                 smallest = largest_to_go([w.abs() for w in dense], v)
                 for w in dense:
                     w.masked_fill_(w.abs() <= smallest, 0.0)
@@ -204,7 +204,7 @@ def find_support(run, task, model):
                       "--support skips pre-training: leave --corpus, --pretrain_steps, --gamma, --rounds and --nip out")
         folder = common.Path(args.support) / "support"              # as it was before fine-tuning; another pruned BERT: as it is
         found, lacking = common.load_pretraining(run, folder if folder.exists() else args.support)
-    elif args.sparsity == 1:
+    elif args.sparsity == 1 and not args.gamma:
         return 1.0                                                  # dense fine-tuning, no pre-training either
     elif args.resume and own.exists():
         found = common.load_pretraining(run, own)[0]                # whole, or it would not be there: that phase is over
@@ -231,7 +231,7 @@ def main(args):
     """Fine-tune, prune meanwhile, save. Returns the exit status: 0, or 3 if the goal was missed."""
     run = common.Run(__file__, args, HYPER)             # preset, device, processes, --out; prints the first line
     task = common.Task(run)                             # features, batches, metrics
-    model = common.load_bert(run, task)                 # with a fresh head; its embeddings are frozen
+    model = common.load_bert(run, task)                 # with the task's head, new unless --model has it; embeddings frozen
     teacher = common.load_teacher(run, task)            # None without --teacher
     weights = common.prunable(model)                    # {name: Linear}, the six matrices of every encoder layer
     # All that is not frozen learns at args.lr times the schedule's factor; a method may add groups with peaks of their own.
@@ -244,7 +244,7 @@ def main(args):
     masks = [layer.weight != 0 for layer in weights.values()]       # (out, in) each: the support
     # </method>
 
-    # No weight decay, as in the paper (AdamW's default is 0.01): it would shrink what is being ranked. fused: all of Adam in one pass.
+    # No weight decay (AdamW's default is 0.01): what the loss and the method do not move stays. fused: all of Adam in one pass.
     optimizer = torch.optim.AdamW(groups, lr=args.lr, eps=1e-8, weight_decay=0.0, fused=True)
     trained = [p for group in groups for p in group["params"]]
     net = run.parallel(model)
@@ -277,7 +277,7 @@ def main(args):
             layer.weight.grad.mul_(mask)
         # </method>
 
-        # One norm over weights and scores together, as in the official code.
+        # One norm over all that is trained, scores included, as in movement's official code; with clip = inf nothing is clipped.
         nn.utils.clip_grad_norm_(trained, args.clip)
         optimizer.step()
 

@@ -105,8 +105,8 @@ def kth_largest(x, k):
     A sample brackets it, so that only the few elements inside the bracket are searched; a full sort costs 20 times more."""
     n = x.numel()
     if n > 100_000:
-        # A bracket [low, high] from every (n / 16384)-th element, four standard deviations to each side of the rank wanted.
-        sample = x[::n // 16384].sort(descending=True).values
+        # A bracket [low, high] from every (n / 16384)-th element (an odd number: not column by column), four standard deviations to each side.
+        sample = x[::n // 16384 | 1].sort(descending=True).values
         at, slack = k / n * len(sample), 4 * (k / n * (1 - k / n) * len(sample)) ** 0.5 + 2
         high, low = sample[max(int(at - slack), 0)], sample[min(int(at + slack), len(sample) - 1)]
         above, inside = int(torch.count_nonzero(x > high)), x[(x <= high) & (x >= low)]
@@ -151,7 +151,8 @@ def update_masks(masked, scores, v):
     if v == 1:
         return [m.mask.fill_(1.0) for m in masked]
     masks = top(scores)
-    if any(torch.count_nonzero(mask) < floor(s) for mask, s in zip(masks, scores)):          # then the floors rank before all others
+    if (torch.stack([torch.count_nonzero(m) for m in masks]).cpu() < torch.tensor([floor(s) for s in scores])).any():
+        # the floors rank before all others
         masks = top([s.masked_fill(top_v(s, min(v, floor(s) / s.numel())), torch.inf) for s in scores])
     for m, mask in zip(masked, masks):
         m.mask.copy_(mask.view_as(m.mask))
@@ -196,7 +197,7 @@ def main(args):
     """Fine-tune, prune meanwhile, save. Returns the exit status: 0, or 3 if the goal was missed."""
     run = common.Run(__file__, args, HYPER)             # preset, device, processes, --out; prints the first line
     task = common.Task(run)                             # features, batches, metrics
-    model = common.load_bert(run, task)                 # with a fresh head; its embeddings are frozen
+    model = common.load_bert(run, task)                 # with the task's head, new unless --model has it; embeddings frozen
     teacher = common.load_teacher(run, task)            # None without --teacher
     weights = common.prunable(model)                    # {name: Linear}, the six matrices of every encoder layer
     # All that is not frozen learns at args.lr times the schedule's factor; a method may add groups with peaks of their own.
@@ -205,7 +206,8 @@ def main(args):
 
     # <method: setup>
     dense = [layer.weight for layer in weights.values()]            # W: (out, in) each; the layers will compute with W * M
-    masked = [Masked(w) for w in dense]
+    # V = 1 is dense: no masks at all.
+    masked = [Masked(w) for w in dense if args.sparsity < 1 or args.penalty]
     for layer, m in zip(weights.values(), masked):
         parametrize.register_parametrization(layer, "weight", m)
     scores = [m.scores for m in masked]                             # S: (out, in) each, 0 at the start
@@ -213,7 +215,7 @@ def main(args):
     groups.append({"params": scores, "peak": args.score_lr})
     # </method>
 
-    # No weight decay, as in the paper (AdamW's default is 0.01): it would shrink what is being ranked. fused: all of Adam in one pass.
+    # No weight decay (AdamW's default is 0.01): what the loss and the method do not move stays. fused: all of Adam in one pass.
     optimizer = torch.optim.AdamW(groups, lr=args.lr, eps=1e-8, weight_decay=0.0, fused=True)
     trained = [p for group in groups for p in group["params"]]
     net = run.parallel(model)
@@ -242,8 +244,8 @@ def main(args):
             loss = common.task_loss(net, batch, teacher)
 
         # <method: penalty>
-        # d penalty / dS is largest at S = 0 and falls off to both sides: what has decided for itself is left alone.
-        penalty = (args.penalty or args.lambda_f) * ramp * sigmoid_penalty(scores)
+        # d penalty / dS is largest at S = 0 and falls off to both sides: scores far from 0 are hardly pushed any more.
+        penalty = (args.penalty or args.lambda_f) * ramp * sigmoid_penalty(scores) if masked else 0.0
         # </method>
 
         optimizer.zero_grad()
@@ -253,7 +255,7 @@ def main(args):
         # nothing: StraightThrough has made dL/dW and dL/dS already
         # </method>
 
-        # One norm over weights and scores together, as in the official code.
+        # One norm over all that is trained, scores included, as in movement's official code; with clip = inf nothing is clipped.
         nn.utils.clip_grad_norm_(trained, args.clip)
         optimizer.step()
 
@@ -272,7 +274,7 @@ def main(args):
         update_masks(masked, scores, goal)
     else:
         update_masks_open(masked, scores, 0.1)
-    for layer in weights.values():
+    for layer in weights.values() if masked else ():
         parametrize.remove_parametrizations(layer, "weight")
     # </method>
 

@@ -66,8 +66,7 @@ locked = []                                         # the open folder that lock(
 
 
 def lock(folder, message):
-    """Hold the folder for this run alone, until leave(), another lock() or the process's end, whatever that is; a Mistake with this message
-    where another process holds it."""
+    """Hold the folder for this run alone until leave(), another lock() or the process's end; a Mistake, this message, if another holds it."""
     with contextlib.suppress(ImportError, OSError), blame(BlockingIOError, message):
         import fcntl                                # not on Windows; nor can every network's folders be locked: those go without
         os.close(locked.pop()) if locked else None
@@ -98,8 +97,8 @@ def number(kind, low, high=math.inf):
 
 
 def leave(code, text=None):
-    """Exit, with a sentence on stderr. Under torchrun a machine's first process speaks and the others wait, to be ended by torchrun: they
-    have made the same mistake, or lost that first one. Only what befell one of them alone is said by that one."""
+    """Exit, with a sentence on stderr. Under torchrun a machine's first process speaks; the others wait 5 s, in which torchrun ends those
+    that would only repeat it. What befell one of them alone is so said by that one."""
     while locked:
         os.close(locked.pop())
     if text:
@@ -125,8 +124,9 @@ def launch(main, args):
                 f"the disk is full: free some space, then go on with {again()}"
                 if re.search("No space left|Disk quota|os error 2[78]|Errno 2[78]|file write failed", said) else
                 f"{error}: mend that, then go on with {again()}" if isinstance(error, OSError) else
-                f"another process has ended, and so does this one; when its message is dealt with, go on with {again()}"
-                if many and re.search("by peer|gloo|NCCL", said) else None)
+                "the GPU's memory is full: give a smaller --batch_size" if isinstance(error, torch.OutOfMemoryError) else
+                f"another process has ended, and so does this one ({str(error).splitlines()[0][:150]}); when its message is dealt with, "
+                f"go on with {again()}" if many and re.search("by peer|gloo|NCCL", said) else None)
         if text is None:
             raise
         leave(2, f"{Path(sys.argv[0]).name}: {text}")
@@ -328,7 +328,7 @@ def read_corpus(path, tokenizer, at_once=10_000):
 def mlm_nsp_batch(documents, tokenizer, batch_size, length, rng):
     """A batch of BERT's pre-training (arXiv 1810.04805, A.2), with the keys of BertForPreTraining; rng: a numpy Generator.
 
-    A and B: consecutive lines of a document; half of the time B is lines of another document (next_sentence_label 1). Of the tokens
+    A and B: consecutive lines of a document; half of the time, and where A is a whole document, B is lines of another (next_sentence_label 1). Of the tokens
     15 % are to be predicted: 80 % of those become [MASK], 10 % a random token, 10 % stay. labels is -100 elsewhere."""
     rows, swapped = [], np.zeros(batch_size, dtype=np.int64)
     for i in range(batch_size):
@@ -354,9 +354,9 @@ def mlm_nsp_batch(documents, tokenizer, batch_size, length, rng):
 
 
 class Corpus:
-    """The text of a pre-training. Every 20th document is held out: batch() never draws from it.
+    """The text of a pre-training. Every 20th document, and two at least, is held out: batch() never draws from it.
 
-    held: batches of pairs from the held-out documents, always the same ones, a pair a document and at most 512."""
+    held: batches of pairs from the held-out documents, always the same ones, as many as there are documents and at most 512."""
     def __init__(self, run, path, tokenizer, batch_size, length):
         self.run, self.path = run, Path(path or run.data / "corpus.txt")
         if not path and not self.path.exists():
@@ -364,9 +364,9 @@ class Corpus:
             self.path = MINI / "corpus.txt"
         demand(self.path.is_file(), f"--corpus {self.path} is not there: give a text file")
         documents = read_corpus(self.path, tokenizer)
-        demand(len(documents) > 2, f"{self.path} is one document, or two, and some are held out: put a blank line between documents")
-        held, train = documents[::20], [d for i, d in enumerate(documents) if i % 20]
-        self.pairs = min(512, len(held))
+        demand(len(documents) > 3, f"{self.path} has {len(documents)} documents, and two are held out: give four, a blank line between them")
+        every = min(20, len(documents) // 2)
+        held, train, self.pairs = documents[::every], [d for i, d in enumerate(documents) if i % every], min(512, len(documents[::every]))
         make = lambda documents, size, *seed: mlm_nsp_batch(documents, tokenizer, size, length, np.random.default_rng(seed))
         self.held = [make(held, min(32, self.pairs - i), i) for i in range(0, self.pairs, 32)]
         self.make = lambda step: make(train, batch_size, run.args.seed, step)
@@ -386,7 +386,7 @@ class Corpus:
 
 
 class PreTraining(torch.nn.Module):
-    """BERT with its two heads; the words are guessed only where one is asked for, a seventh of the tokens and of the largest matrix's cost."""
+    """BERT with its two heads; words are guessed only where one is asked for, at a seventh of the tokens: so much less costs the largest matrix."""
     def __init__(self, model):
         super().__init__()
         self.model = model

@@ -483,7 +483,7 @@ def save(plt, fig, path):
     return path.stat().st_size
 
 
-def main():
+def flags():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--runs", default="out/embedded", help="the folder of the runs' folders")
     p.add_argument("--results", default=str(ROOT / "results/embedded.tsv"), help="scores of runs whose folders are not there")
@@ -492,10 +492,14 @@ def main():
     p.add_argument("--sparsity", default=0.03, type=float, metavar="V", help="share kept in the figures that look at one share")
     p.add_argument("--only", default=",".join(FIGURES), help="figures, separated by commas")
     p.add_argument("--train", action="store_true", help="run again, and look inside, what a figure needs and no saved run holds")
-    args = p.parse_args()
+    return p
+
+
+def main():
+    args = flags().parse_args()
     unknown = set(args.only.split(",")) - set(FIGURES)
     if unknown:
-        p.error(f"there is no figure {', '.join(sorted(unknown))}: give some of {', '.join(FIGURES)}")
+        flags().error(f"there is no figure {', '.join(sorted(unknown))}: give some of {', '.join(FIGURES)}")
     runs, plt = Runs(args.runs, args.task, args.sparsity, args.train, args.results), style()
     for name in args.only.split(","):
         runs.lacks = []
