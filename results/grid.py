@@ -125,7 +125,7 @@ def write(args):
             cells.setdefault((run[1], run[2], run[0]), []).append([float(x) for x in row[5].split()[1::2]])
     head = "method task sparsity seed kept_% scores steps seconds threads torch transformers commit command".split()
     tsv(args).write_text("\n".join("\t".join(row) for row in [head, *rows]) + "\n")
-    columns = [m for m in COLUMNS if any(m == method for method, *_ in runs(args.grid))]
+    columns = [m for m in COLUMNS if m in METHODS or any(m == of for *_, of in cells)]
     lines = ["| task, kept | " + " | ".join(["dense", *columns]) + " |", "|---" * (len(columns) + 2) + "|"]
     for task, v in dict.fromkeys((task, v) for task, v, *_ in GRIDS[args.grid] if v < 1):
         line = []

@@ -11,7 +11,8 @@ Time     The main() of the method's script and that of a dense run (mgpp.py --sp
          (pairs of 96 tokens in both shapes).
          full sort is the yardstick: magnitude.py with a full sort of each matrix, as in the official code of movement pruning (which
          does that once for each forward pass, we once for each step).
-Memory   The peak of a process that runs the method alone: resident on a CPU, torch's allocator on CUDA. Evaluation: ms a question, there.
+Memory   The peak of a process that runs the method alone: resident on a CPU, torch's allocator on CUDA. Evaluation: ms a question, there,
+         after the bake: the same plain BERT in every row.
 """
 import argparse, importlib, json, os, resource, subprocess, sys, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
@@ -183,7 +184,7 @@ def table(shape, args):
             spec.update(batch_size=2, steps=9)
         spec.update(steps=args.steps or spec["steps"])
         lay_out(shape, spec)
-        print(f"\n| {shape}, {args.device} | ms a step | x dense: median (quartiles) | mean | memory, GB | x dense | evaluation, ms a question |\n|---|---|---|---|---|---|---|")
+        print(f"\n| {shape}, {args.device} | ms a step (dense's, in turn) | x dense: median (quartiles) | mean | memory, GB | x dense | evaluation, ms a question |\n|---|---|---|---|---|---|---|")
         memory = {}
         for row in [r for r in ROWS if r == "dense" or r in args.only.split(",")]:
             base = "dense pre-training" if row == "rpp pre-training" else "dense"
@@ -191,25 +192,30 @@ def table(shape, args):
             memory[row] = alone["bytes"] / 1e9
             if row == "rpp pre-training":
                 memory[base] = measure(spec | {"steps": IGNORED + 2}, [base])["bytes"] / 1e9
-            ms, cell = alone[row][IGNORED:], "|"
+            ms, beside, cell = alone[row][IGNORED:], "", "|"
             if row != "dense":
                 pair = measure(spec, [base, row])
                 ms, ratios = pair[row][IGNORED:], np.divide(pair[row], pair[base])[IGNORED:]
+                beside = f" ({1000 * np.median(pair[base][IGNORED:]):.0f})"
                 low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
                 cell = f"{middle:.2f} ({low:.2f} to {high:.2f}) | {np.sum(pair[row][IGNORED:]) / np.sum(pair[base][IGNORED:]):.2f}"
-            print(f"| {row} | {1000 * np.median(ms):.0f} | {cell} | {memory[row]:.2f} | {memory[row] / memory[base]:.2f} | {1000 * alone['evaluation'][0]:.1f} |", flush=True)
+            print(f"| {row} | {1000 * np.median(ms):.0f}{beside} | {cell} | {memory[row]:.2f} | {memory[row] / memory[base]:.2f} | {1000 * alone['evaluation'][0]:.1f} |", flush=True)
 
 
-def main():
+def flags():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shapes", default="mini,base")
     p.add_argument("--only", default=",".join(ROWS), help="rows, separated by commas")
     p.add_argument("--steps", type=int, help="of each run")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = p.parse_args()
+    return p
+
+
+def main():
+    args = flags().parse_args()
     unknown = set(args.only.split(",")) - set(ROWS)
     if unknown:
-        p.error(f"there is no row {', '.join(sorted(unknown))}: give some of {', '.join(ROWS)}")
+        flags().error(f"there is no row {', '.join(sorted(unknown))}: give some of {', '.join(ROWS)}")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'}")
     for shape in args.shapes.split(","):
         table(shape, args)

@@ -2,6 +2,7 @@
 import collections
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -176,7 +177,8 @@ def fork(tmp_path_factory):
     def ask(script, *flags, cwd, every=False, cut=None, fail=None, when="", after=0.0, signal=0, ascii=False, patch="", world=1):
         out, err = folder / "out", folder / "err"
         print(json.dumps(dict(script=str(ROOT / f"{script}.py"), flags=[str(f) for f in flags], cwd=str(cwd), out=str(out), err=str(err),
-                              every=every, cut=cut, fail=fail, when=when, after=after, signal=signal, ascii=ascii, patch=patch, world=world)), file=forker.stdin, flush=True)
+                              every=every, cut=cut, fail=fail, when=when, after=after, signal=signal, ascii=ascii, patch=patch, world=world)),
+              file=forker.stdin, flush=True)
         answer = forker.stdout.readline()
         assert answer, f"the forker died in {script} {flags}"
         both = [Ended(int(code), Path(f"{out}{rank}").read_text(), Path(f"{err}{rank}").read_text()) for code, rank in zip(answer.split(), ("", "1"))]
@@ -211,6 +213,34 @@ def data(tmp_path_factory):
             lines = (ROOT / f"mini/glue/{task}/{name}.tsv").read_text().splitlines(True)
             (folder / f"glue/{task}/{name}.tsv").write_text("".join(lines[:201 if name == "train" else 61]))
     (folder / "corpus.txt").write_text("\n\n".join((ROOT / "mini/corpus.txt").read_text().split("\n\n")[:300]) + "\n")       # rpp's
+    return folder
+
+
+def a_bert(folder, kind="BertForPreTraining", **changes):
+    """A new BERT of mini's words, one layer of 32, in folder: a run on it takes a quarter of a second. changes: of mini's config."""
+    import common                                       # which silences transformers
+    import torch
+    import transformers
+    torch.manual_seed(0)
+    tiny = dict(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, intermediate_size=64)
+    config = json.loads((ROOT / "mini/bert/config.json").read_text()) | tiny | changes
+    getattr(transformers, kind)(transformers.BertConfig.from_dict(config)).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(common.MINI / "bert").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    return a_bert(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def dropout(tmp_path_factory):
+    """mini/bert with dropout, which its own config has not: only with it do a step's random numbers show in the weights."""
+    folder = shutil.copytree(ROOT / "mini/bert", tmp_path_factory.mktemp("models") / "dropout")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["hidden_dropout_prob"] == config["attention_probs_dropout_prob"] == 0
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}))
     return folder
 
 

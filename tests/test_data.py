@@ -708,6 +708,58 @@ def test_fetch_makes_the_files_from_what_is_there(tmp_path):
     assert sorted(p.name for p in (tmp_path / "glue/CoLA").iterdir()) == ["dev.tsv", "train.tsv"]
 
 
+GLUE_SITE = "https://dl.fbaipublicfiles.com/glue/data/"
+DOWNLOADS = {
+    "squad": [("https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v1.1.json", "squad/dev-v1.1.json",
+               ("sha256", "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9")),
+              ("https://rajpurkar.github.io/SQuAD-explorer/dataset/train-v1.1.json", "squad/train-v1.1.json",
+               ("git blob id", "77f1d9a7daee11f7bc293832020f7709f63410ad"))],
+    "mrpc": [("https://dl.fbaipublicfiles.com/senteval/senteval_data/msr_paraphrase_train.txt", "glue/MRPC/msr_paraphrase_train.txt", None),
+             (f"{GLUE_SITE}mrpc_dev_ids.tsv", "glue/MRPC/mrpc_dev_ids.tsv", None)],
+    "tsv": [],
+    **{task: [(f"{GLUE_SITE}{name}.zip", f"glue/{name}.zip", None)] for task, name in (
+        ("mnli", "MNLI"), ("qqp", "QQP-clean"), ("cola", "CoLA"), ("sst2", "SST-2"), ("stsb", "STS-B"), ("qnli", "QNLIv2"), ("rte", "RTE"))}}
+FOLDERS = dict(mnli="MNLI", qqp="QQP", cola="CoLA", sst2="SST-2", mrpc="MRPC", stsb="STS-B", qnli="QNLI", rte="RTE")
+
+
+@pytest.mark.parametrize("task", DOWNLOADS)
+def test_fetch_asks_for(tmp_path, monkeypatch, task):
+    """Each task's files, from the data set's own site, to where CONTRACT has them, with the checksums that are known; once. A file that is there
+    already is the user's: neither asked for nor checked."""
+    asked = []
+
+    def download(url, path, check=None):
+        asked.append((url, str(path.relative_to(tmp_path)), check))
+        assert not path.exists()
+        if path.suffix == ".zip":
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with zipfile.ZipFile(path, "w") as z:
+                for name in ("train", "dev", "dev_matched", "dev_mismatched", "test"):
+                    z.writestr(f"{FOLDERS[task]}/{name}.tsv", f"{task}'s {name}")
+        else:
+            write(path, {"msr_paraphrase_train.txt": "head\n1\t7\t8\tA\tB\n1\t9\t8\tA\tC\n", "mrpc_dev_ids.tsv": "9\t8\n"}.get(path.name, "{}"))
+    monkeypatch.setattr(tasks, "download", download)
+    common.fetch(tmp_path, task)
+    assert sorted(asked) == sorted(DOWNLOADS[task])
+    names = ["train", "dev_matched", "dev_mismatched"] if task == "mnli" else ["train", "dev"]
+    files = {name: tmp_path / (f"squad/{name}-v1.1.json" if task == "squad" else f"glue/{FOLDERS.get(task)}/{name}.tsv") for name in names * (task != "tsv")}
+    for name, file in files.items():
+        assert file.read_text() == {"squad": "{}", "mrpc": f"head\n1\t{7 + 2 * (name == 'dev')}\t8\tA\t{'BC'[name == 'dev']}\n"}.get(task, f"{task}'s {name}")
+    for path in [p for p in tmp_path.rglob("*") if p.is_file() and p not in files.values()]:
+        path.unlink()                                                                       # archives and lists: not missed once the files are there
+    for file in files.values():
+        file.write_text("mine")
+    common.fetch(tmp_path, task)
+    assert len(asked) == len(DOWNLOADS[task]) and all(file.read_text() == "mine" for file in files.values())
+    for name, file in files.items():
+        if name == "train":
+            file.unlink()
+            common.fetch(tmp_path, task)                                                    # of two files the one that is not there
+    again = asked[len(DOWNLOADS[task]):]
+    assert sorted(again) == sorted(row for row in DOWNLOADS[task] if "/dev-v1.1" not in row[0])
+    assert all((file.read_text() == "mine") == (name != "train") for name, file in files.items())
+
+
 # ---- text for pre-training
 
 def test_read_corpus(tmp_path, bert):

@@ -166,7 +166,7 @@ def run_of(data, tmp_path, monkeypatch, *flags, steps=12):
     return seen
 
 
-def test_a_run(data, tmp_path, monkeypatch):                               
+def test_a_run(data, tmp_path, monkeypatch):
     seen = run_of(data, tmp_path, monkeypatch, "--sparsity", "0.1")
     # what is logged as kept is counted without noise
     for kept, S in zip(seen["kept"], seen["S"]):
@@ -196,7 +196,7 @@ def test_a_run(data, tmp_path, monkeypatch):
     assert 0 <= kept - round(0.1 * sum(W.size for W, _ in seen["before"].values())) <= 3                     # equal scores at the last place
 
 
-def test_the_open_loop(data, tmp_path, monkeypatch):                       
+def test_the_open_loop(data, tmp_path, monkeypatch):
     """--penalty: constant from the first step on, no goal, no multipliers; a larger one presses harder."""
     weak, strong = (run_of(data, tmp_path, monkeypatch, "--penalty", str(x), steps=4) for x in (1e-3, 1e4))
     assert weak["goal"] == [None] * 4 and weak["code"] == 0 and weak["state"][-1] == dict(l1=0.0, l2=0.0)
@@ -205,6 +205,6 @@ def test_the_open_loop(data, tmp_path, monkeypatch):
     assert np.mean([s.mean() for s in strong["S"][-1]]) < np.mean([s.mean() for s in weak["S"][-1]]) - 0.05
 
 
-def test_v_of_one_has_no_gates(data, tmp_path, monkeypatch):               
+def test_v_of_one_has_no_gates(data, tmp_path, monkeypatch):
     seen = run_of(data, tmp_path, monkeypatch, "--sparsity", "1", steps=2)
     assert seen["noise"] == [[], []] and seen["kept"] == [1.0, 1.0] and seen["penalty"] == [0.0, 0.0] and seen["code"] == 0

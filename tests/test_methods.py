@@ -28,6 +28,65 @@ def parameters(function):
     return list(inspect.signature(function).parameters)
 
 
+def test_which_scripts_are_tested():
+    """The tests below go by names and parameters: a function under another name would lose its tests without a word."""
+    mask, scored, all_six = {"magnitude", "mvp", "soft_mvp"}, {"mvp", "soft_mvp"}, {"magnitude", "mvp", "soft_mvp", "l0", "mgpp", "rpp"}
+    for names, scripts in ((["schedule"], all_six - {"rpp"}), (["top_v"], mask | {"mgpp"}), (["kth_largest"], mask | {"mgpp"}),
+                           (["update_masks", "top_v"], mask), (["Masked"], mask), (["Masked", "StraightThrough"], scored),
+                           (["sigmoid_penalty", "update_masks_open"], {"soft_mvp"}), (["floor", "update_masks"], {"soft_mvp"}),
+                           (["Gated", "gate", "expected_l0", "close_gap"], {"l0"}), (["prior_gradient", "mixing_weight", "zero_smallest"], {"mgpp"}),
+                           (["prox", "reweight", "solve_gamma", "pretrain", "find_support"], {"rpp"}), (["HYPER", "flags", "main"], all_six)):
+        assert {p.id for p in having(*names)} == scripts, names
+    assert {p.id for p in CUBIC} == mask | {"l0"}                                       # mgpp's starts below 1: test_mgpp.py
+    assert {p.id for p in having("update_masks") if "scope" in parameters(p.values[0].update_masks)} == {"magnitude", "mvp"}
+
+
+# ---- the papers' hyper-parameters
+
+# METHODS.md. movement's: epochs, batch, lr, score_lr (L0's), length, rows or windows, warm-up steps, t_i and t_f in warm-ups (L0's t_i, t_f)
+SANH = {"squad": (10, 16, 3e-5, 1e-2, 1e-1, 384, 88_000, 5400, (1, 2), (1, 1)),
+        "mnli": (6, 32, 3e-5, 1e-2, 1e-1, 128, 392_702, 12000, (1, 1), (1, 1)),
+        "qqp": (10, 32, 3e-6, 1e-2, 1e-2, 128, 363_846, 11000, (2, 3), (1, 1))}
+# MGPP's: epochs, batch, lr, share of it at the end, t_i in epochs (or steps, where more than 100), v_i, interval, s0, s1, rows or windows
+ZHANG = {"mnli": (8, 32, 5e-5, 0.1, 1, 0.7, 100, 1e-10, 0.05, 392_702), "qqp": (10, 32, 5e-5, 0.1, 2, 0.7, 100, 1e-10, 0.05, 363_846),
+         "qnli": (10, 32, 5e-5, 0.1, 2, 0.5, 100, 1e-9, 0.05, 104_743), "sst2": (6, 32, 5e-5, 0.01, 1000, 0.7, 10, 1e-9, 0.1, 67_349),
+         "squad": (10, 16, 5e-5, 0.1, 11000, 0.5, 100, 1e-10, 0.05, 88_000)}
+
+
+def paper(script, task):
+    hyper = MODULES[script].HYPER["paper"]
+    return hyper["*"] | hyper.get(task, {})
+
+
+@pytest.mark.parametrize("task", SANH)
+@pytest.mark.parametrize("script", ["magnitude", "mvp", "soft_mvp", "l0", "rpp"])
+def test_movements_hyper_parameters(script, task):
+    """The run sheet's, under --preset paper; its steps as shares of the run, to a hundredth. rpp fine-tunes with magnitude's."""
+    epochs, batch, lr, score_lr, score_lr_l0, length, rows, warm_up, t, t_l0 = SANH[task]
+    ours, share = paper(script, task), warm_up / (epochs * rows / batch)
+    assert [ours[key] for key in ("epochs", "batch_size", "lr", "length", "lr_end", "clip")] == [epochs, batch, lr, length, 0.0, 1.0] and "steps" not in ours
+    assert ours["warmup"] == pytest.approx(share, abs=0.0101)
+    if script != "rpp":
+        assert [ours["t_i"], ours["t_f"]] == pytest.approx([share * n for n in (t_l0 if script == "l0" else t)], abs=0.0101)
+    assert ours.get("score_lr") == {"mvp": score_lr, "soft_mvp": score_lr, "l0": score_lr_l0}.get(script)
+
+
+@pytest.mark.parametrize("task", ZHANG)
+def test_mgpps_hyper_parameters(task):
+    epochs, batch, lr, end, t_i, v_i, interval, s0, s1, rows = ZHANG[task]
+    ours = paper("mgpp", task)
+    keys = ("epochs", "batch_size", "lr", "lr_end", "v_i", "interval", "spike", "slab")
+    assert [ours[key] for key in keys] == [epochs, batch, lr, end, v_i, interval, s0, s1]
+    assert ours["t_i"] == pytest.approx(t_i / epochs if t_i < 100 else t_i / (epochs * rows / batch), abs=0.0011)
+    assert ours["warmup"] == 0 and ours["clip"] == np.inf and "steps" not in ours       # no warm-up, no clipping
+
+
+def test_rpps_hyper_parameters():
+    """Of pre-training: 6 rounds, lr 2e-5, batch 256, eps 1e-9."""
+    ours = paper("rpp", "squad")
+    assert (ours["rounds"], ours["pretrain"]["lr"], ours["pretrain"]["batch_size"], ours["pretrain"]["eps"]) == (6, 2e-5, 256, 1e-9)
+
+
 # ---- the schedule
 
 CUBIC = [m for m in having("schedule") if parameters(m.values[0].schedule) == ["step", "steps", "v", "t_i", "t_f"]]

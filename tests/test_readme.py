@@ -1,13 +1,16 @@
 """README: every command in a code block is run, in their order and for a few steps; every number that other files hold is theirs.
 
 pip and pytest themselves are for .ci/run."""
+import argparse
 import contextlib
 import importlib
 import io
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -16,8 +19,11 @@ from pathlib import Path
 import pytest
 from transformers import BertConfig, BertForPreTraining
 
-from conftest import ENV, SHORT, Ended
-ROOT = Path(__file__).resolve().parent.parent
+from conftest import ENV, ROOT, SHORT, Ended
+
+sys.path.insert(0, str(ROOT / "results"))
+import grid                                             # noqa: E402
+
 README = ROOT / "README.md"
 SET_UP = ["pip install -r requirements.txt && python soft_mvp.py --task squad --sparsity 0.03", "pip install -r requirements.txt && pytest"]
 
@@ -87,15 +93,23 @@ def mistake(words):
     script, flags = rest[at], rest[at + 1:]
     if not (ROOT / script).exists():
         return f"{script} is not here"
-    if "/" in script:                                   # mini/make.py and the like: no method, flags of their own
-        return None
+    sys.path.insert(0, str((ROOT / script).parent))
     error = io.StringIO()
     try:
         with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
-            importlib.import_module(script[:-3]).flags().parse_args(flags)
+            importlib.import_module(Path(script).stem).flags().parse_args(flags)
     except SystemExit as end:
         return None if end.code == 0 else error.getvalue().strip()
+    finally:
+        sys.path.pop(0)
     return None
+
+
+def inline(text):
+    """[[words]] of the commands within sentences, `python ...`, lines joined; SCRIPT and V stand for any script and share."""
+    text = "\n".join("" if n in {n for n, _ in blocks(text)} else line for n, line in enumerate(text.splitlines(), 1))
+    return [[{"SCRIPT": "magnitude.py", "V": "0.1"}.get(word, word) for word in shlex.split(found)]
+            for found in re.findall(r"`((?:[A-Z_]+=\S+ )?python [^`]+)`", text)]
 
 
 def test_the_reading_of_blocks():
@@ -110,6 +124,7 @@ def test_the_reading_of_blocks():
     ("python mvp.py --help", None), ("python missing.py --task squad", "missing.py is not here"), ("python mvp.py --task squat", "squat"),
     ("python mvp.py --sparsity 3", "--sparsity"), ("python magnitude.py --score_lr 1e-2", "--score_lr"), ("torchrun x", "no script"),
     ("torchrun --standalone mvp.py --spars 0.1", "--spars"), ("pip install -r requirement.txt", "requirement.txt is not here"),
+    ("python figures/draw.py --only score", None), ("python results/grid.py sst3", "sst3"), ("python tests/bench.py --shaped mini", "--shaped"),
     ("pytest tests/test_none.py", "not here"), ("pytest tests/test_readme.py -q", None)])
 def test_the_judging_of_commands(command, wrong):
     found = mistake(shlex.split(command))
@@ -119,6 +134,7 @@ def test_the_judging_of_commands(command, wrong):
 def test_every_command_parses():
     found = commands(README.read_text(encoding="utf-8"))
     wrong = [f"README.md, line {n}: {shlex.join(words)}: {mistake(words)}" for n, words in found if mistake(words)]
+    wrong += [f"README.md: {shlex.join(words)}: {mistake(words)}" for words in inline(README.read_text(encoding="utf-8")) if mistake(words)]
     assert wrong == [], "\n".join(wrong)
     shown = {words[1] for _, words in found if words[0] == "python" and len(words) > 1}
     assert {"magnitude.py", "mvp.py", "soft_mvp.py"} <= shown, f"README shows no command of {sorted({'magnitude.py', 'mvp.py', 'soft_mvp.py'} - shown)}"
@@ -180,8 +196,14 @@ def test_every_torchrun_runs(stand_ins, tmp_path):
             own = [re.sub("master_addr=.*", "master_addr=127.0.0.1", re.sub("master_port=.*", f"master_port={port}", word)) for word in words[1:script]]
             own = [re.sub("nproc_per_node=.*", f"nproc_per_node={2 // len(machines)}", word) for word in own]
             line = [sys.executable, "-m", "torch.distributed.run", *own, ROOT / words[script], *shortened(words[script + 1:], stand_ins)]
-            started.append(subprocess.Popen(line, cwd=tmp_path, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
-        ended = [Ended(process.wait(60), *process.communicate()) for process in started]
+            started.append(subprocess.Popen(line, cwd=tmp_path, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True))
+        try:
+            said = [process.communicate(timeout=200) for process in started]
+        finally:                                        # torchrun's children too
+            for process in started:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+        ended = [Ended(process.returncode, *texts) for process, texts in zip(started, said)]
         assert [e.code for e in ended] == [0] * len(machines) and "Traceback" not in "".join(e.err for e in ended), ended
         assert [e.out.count("RESULT") for e in ended] == [1, 0][:len(machines)] and re.search("cpu.* x 2 ", ended[0].out), ended
 
@@ -197,16 +219,37 @@ def test_the_ladders_numbers():
             assert int(changed) == sum(line[:1] in "<>" for line in printed.splitlines()), f"diff {neighbour}.py {script}.py"
 
 
+def results(name):
+    """[{column: text}] of results/NAME.tsv."""
+    head, *rows = [line.split("\t") for line in (ROOT / f"results/{name}.tsv").read_text().splitlines()]
+    return [dict(zip(head, row)) for row in rows]
+
+
+def scores(name, method, task, v, metric):
+    """Of each seed, as a docstring shows them: to one decimal."""
+    rows = [r for r in results(name) if (r["method"], r["task"], r["sparsity"]) == (method, task, v)]
+    return [f"{float(dict(zip(r['scores'].split()[::2], r['scores'].split()[1::2]))[metric]):.1f}" for r in rows]
+
+
 def test_the_ladders_scores():
-    """The same table's F1 and seconds: the means over results/embedded.tsv of squad at 3 %."""
+    """The same table's F1, the means over results/embedded.tsv of squad at 3 %, and seconds, those of results/default.tsv."""
     shown = re.findall(r"^\| `(\w+)\.py` \|(?:[^|]*\|){2} ([\d.]+) \| (\d+) \|", README.read_text(encoding="utf-8"), flags=re.M)
-    head, *rows = [line.split("\t") for line in (ROOT / "results/embedded.tsv").read_text().splitlines()]
-    runs = [dict(zip(head, row)) for row in rows]
     assert [row[0] for row in shown] == ["magnitude", "mvp", "soft_mvp", "l0", "mgpp", "rpp"]
     for script, f1, seconds in shown:
-        mine = [r for r in runs if (r["method"], r["task"], r["sparsity"]) == (script, "squad", "0.03")]
-        assert mine and f1 == f"{sum(float(r['scores'].split()[-1]) for r in mine) / len(mine):.1f}", script
-        assert seconds == f"{sum(int(r['seconds']) for r in mine) / len(mine):.0f}", script
+        exact = [float(r["scores"].split()[-1]) for r in results("embedded") if (r["method"], r["task"], r["sparsity"]) == (script, "squad", "0.03")]
+        assert exact and f1 == f"{sum(exact) / len(exact):.1f}", script
+        assert [seconds] == [r["seconds"] for r in results("default") if r["method"] == script], script
+
+
+@pytest.mark.parametrize("script", ["magnitude", "mvp", "soft_mvp", "l0", "mgpp", "rpp"])
+def test_the_docstrings_scores(script):
+    """Of each script's Result: seed by seed, the embedded squad's F1 and SST-2's accuracy, at the shares that it names."""
+    said, seen = " ".join(importlib.import_module(script).__doc__.split("\nIdea")[0].split()), []
+    for label, name, task, metric in (("Embedded squad, F1", "embedded", "squad", "F1"), ("SST-2 with a 6-layer MiniLM, accuracy", "sst2", "sst2", "acc")):
+        for share, numbers in re.findall(r"([\d.]+) % ([\d., ]+)", said.partition(f"{label}: ")[2].partition("(")[0]):
+            assert numbers.strip().split(", ") == scores(name, script, task, f"{float(share) / 100:g}", metric), (label, share)
+            seen.append((task, share))
+    assert seen[:2] == [("squad", "3.00"), ("squad", "10.00")] and (script == "rpp" or seen[2:] == [("sst2", "3.00"), ("sst2", "10.00")]), seen
 
 
 @pytest.mark.parametrize("name", ["embedded", "sst2"])
@@ -214,6 +257,15 @@ def test_the_tables_are_those_of_the_results(name):
     lines = README.read_text(encoding="utf-8").splitlines()
     table = (ROOT / f"results/{name}.md").read_text().splitlines()
     assert len(table) > 3 and table == lines[lines.index(table[0]):][:len(table)]
+
+
+@pytest.mark.parametrize("name", ["embedded", "sst2", "default"])
+def test_the_tables_are_those_of_the_runs(name, tmp_path):
+    """results/NAME.md is what grid.py makes of results/NAME.tsv when no run's folder is there."""
+    shutil.copy(ROOT / f"results/{name}.tsv", tmp_path)
+    grid.write(argparse.Namespace(grid=name, model=None, data=None, corpus=None, runs=str(tmp_path / "none"), results=str(tmp_path)))
+    for kind in ("tsv", "md"):
+        assert (tmp_path / f"{name}.{kind}").read_text() == (ROOT / f"results/{name}.{kind}").read_text()
 
 
 def test_it_opens_with_the_set_up():

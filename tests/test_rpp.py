@@ -197,9 +197,18 @@ def test_open_loop(trained):
     """--gamma: what is kept is what comes out, and more of gamma keeps less."""
     (gentle, a), (hard, b) = (trained("rpp", "squad", 0.1, *SHORT, "--gamma", g) for g in ("1e-9", "3"))
     assert gentle.code == hard.code == 0 and "no goal" in hard.out and "goal 10" not in hard.out
+    assert "keeps 10.00% (prunes 90.00%) of the encoder's weights if --gamma finds so many |" in hard.out.splitlines()[0]
     assert nonzero(a)[0] / nonzero(a)[1] > 0.999 > 0.9 > nonzero(b)[0] / nonzero(b)[1]
     result = json.loads((b / "result.json").read_text())
     assert result["sparsity"] is None and result["pretraining"]["kept"] == result["kept"]
+
+
+def test_open_loop_has_no_need_of_a_goal(call, data, tiny, tmp_path):
+    """--gamma with --sparsity 1, which alone is dense fine-tuning: there is a pre-training, and it prunes."""
+    ended = call("rpp", "--gamma", 30, "--sparsity", 1, "--model", tiny, "--data", data, "--out", "o", *SHORT, cwd=tmp_path)
+    assert ended.code == 0 and "pre-training on " in ended.out and "keeps 100.00% (prunes 0.00%) of the encoder's weights if --gamma " in ended.out
+    result, (left, n) = json.loads((tmp_path / "o/result.json").read_text()), nonzero(tmp_path / "o")
+    assert left < 0.99 * n and nonzero(tmp_path / "o/support") == (left, n) and (result["sparsity"], result["kept"]) == (None, left / n)
 
 
 def test_two_phases_of_their_own_length(trained):
@@ -221,11 +230,7 @@ def test_fine_tuning_keeps_the_support(trained):
         zero = w == 0
         assert np.array_equal(zero, after[name] == 0) and not after[name][zero].tobytes().strip(b"\0"), name
         assert zero.any() and (w != after[name])[~zero].mean() > 0.5, name
-    assert not trained("rpp", "squad", 1, *SHORT)[1].joinpath("support").exists()
-
-
-def test_v_of_one_is_magnitudes_dense_run(trained):
-    assert same_bytes(trained("rpp", "squad", 1, *SHORT)[1], trained("magnitude", "squad", 1, *SHORT)[1])
+    assert not trained("rpp", "squad", 1)[1].joinpath("support").exists()
 
 
 def test_accuracies_are_those_of_the_saved_support(trained, data):
@@ -287,16 +292,20 @@ def test_support_that_is_none(call, trained, data, tmp_path, monkeypatch):
 
 # ---- mistakes, and models without heads
 
-def test_corpus_that_is_none(call, data, tmp_path):
+def test_corpus_that_is_none(call, data, tiny, tmp_path):
     (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "one.txt").write_text("One line.\nAnother line.\n")
+    (tmp_path / "three.txt").write_text("A line.\nAnother.\n\nA third.\n\n\nA fourth.\nAnd more.\n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n\nb\n\nc\n\nd\n")
     before = tree(tmp_path)
-    for name in ("nowhere.txt", "empty.txt", "one.txt", "latin.txt", "."):
+    for name in ("nowhere.txt", "empty.txt", "one.txt", "three.txt", "latin.txt", "."):
         error = one_sentence(call("rpp", "--corpus", name, "--data", data, "--out", "o", *SHORT, cwd=tmp_path))
-        assert name in error and tree(tmp_path) == before
+        assert name in error and ("has 3 documents" in error) == (name == "three.txt") and tree(tmp_path) == before
     error = one_sentence(call("rpp", "--nip", "--gamma", "1", "--data", data, "--out", "o", *SHORT, cwd=tmp_path))
     assert "--nip" in error and "--gamma" in error and tree(tmp_path) == before
+    (tmp_path / "four.txt").write_text((tmp_path / "three.txt").read_text() + "\nThe fourth document.\n")             # two to learn from, two held out
+    ended = call("rpp", "--corpus", "four.txt", "--model", tiny, "--data", data, "--out", "o", *SHORT, cwd=tmp_path)
+    assert ended.code == 0 and "on 2 held-out pairs" in ended.out
 
 
 def test_paper_preset_wants_a_corpus(call, data, tmp_path):
@@ -319,8 +328,6 @@ def test_heads_that_are_not_there_are_started_anew(call, data, tmp_path):
 
 
 # ---- stopped, killed, started anew
-
-
 
 KILL = r'''
 import os, runpy, signal, sys

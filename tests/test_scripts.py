@@ -26,9 +26,10 @@ import safetensors.torch
 import torch
 import transformers
 from torch.nn.utils import parametrize
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import common
-from conftest import ENV, ROOT, SHORT, spawn
+from conftest import ENV, ROOT, SHORT, a_bert, spawn
 
 SCRIPTS = [name for name in ("magnitude", "mvp", "soft_mvp", "l0", "rpp", "mgpp") if (ROOT / f"{name}.py").exists()]
 MODULES = {name: importlib.import_module(name) for name in SCRIPTS}
@@ -57,6 +58,12 @@ def logged(folder):
     return {phase: [row["step"] for row in rows if row["phase"] == phase] for phase in sorted({row["phase"] for row in rows})}
 
 
+def main(script, *flags):
+    """main() of a script in this process, on the mini preset, in 2 steps of 4 unless flags say otherwise -> its exit status."""
+    start = ["--preset", "mini", "--device", "cpu", "--steps", "2", "--batch_size", "4"]
+    return MODULES[script].main(MODULES[script].flags().parse_args([*start, *map(str, flags)]))
+
+
 def nonzero(folder):
     weights = weights_of(folder)
     return sum(int((w != 0).sum()) for w in weights.values()), sum(w.size for w in weights.values())
@@ -75,12 +82,54 @@ def one_sentence(ended):
     return ended.err
 
 
+# ---- flags and presets
+
+OWN = {"magnitude": {"--scope"}, "mvp": {"--scope", "--score_lr"}, "soft_mvp": {"--score_lr", "--penalty"}, "l0": {"--score_lr", "--penalty"},
+       "mgpp": {"--mix", "--spike", "--slab", "--interval"}, "rpp": {"--corpus", "--pretrain_steps", "--gamma", "--rounds", "--nip", "--support"}}
+
+
+def test_six_scripts_and_their_flags():
+    """What the tests below go by: a script or a flag under another name would lose its tests without a word."""
+    common_to_all = "-h --help --task --sparsity --preset --model --data --teacher --out --resume --seed --steps --batch_size --lr --device"
+    assert {s: set(MODULES[s].flags()._option_string_actions) - set(common_to_all.split()) for s in SCRIPTS} == OWN
+    assert all(has(s, flag) for s in SCRIPTS for flag in common_to_all.split())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_says_what_is_kept_and_what_pruned(script):
+    parser = MODULES[script].flags()
+    told = re.search(r" --sparsity V (.*?) --preset ", " ".join(parser.format_help().partition("options:")[2].split()))[1]
+    assert "KEPT" in told and "keeps 3.00 %" in told and "prunes 97.00 %" in told and parser.get_default("sparsity") == 0.03
+
+
+@pytest.mark.parametrize("cuda, asked, preset, why", [(True, None, "paper", "CUDA is here"), (False, None, "mini", "no CUDA here"),
+                                                      (True, "mini", "mini", "as asked"), (False, "paper", "paper", "as asked")])
+def test_default_preset(tmp_path, monkeypatch, capsys, cuda, asked, preset, why):
+    """paper where CUDA is, else mini; the first line says which and why, and the values are that preset's."""
+    class Enough(Exception):
+        pass
+
+    def stop(run):
+        raise Enough
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(common, "Task", stop)
+    args = MODULES["magnitude"].flags().parse_args(["--device", "cpu", *["--preset", asked] * bool(asked)])
+    with pytest.raises(Enough):
+        MODULES["magnitude"].main(args)
+    first, *more = capsys.readouterr().out.splitlines()
+    assert f"| preset {preset} ({why}) | cpu" in first and "keeps 3.00% (prunes 97.00%)" in first and more == []
+    assert (args.preset, args.lr, getattr(args, "epochs", None)) == {"paper": ("paper", 3e-5, 10), "mini": ("mini", 5e-4, None)}[preset]
+    assert args.model == ("bert-base-uncased" if preset == "paper" else str(ROOT / "mini/bert")) and not list(tmp_path.iterdir())
+
+
 # ---- what a run prints and leaves
 
 CASES = [(script, *case) for script in SCRIPTS for case in (("squad", 0.03), ("squad", 0.1), ("mnli", 0.1), ("qqp", 0.03))]
 METRICS = {"squad": ["EM", "F1"], "mnli": ["acc", "acc_mm"], "qqp": ["acc", "F1"]}
 RESULT = re.compile(r"RESULT (\w+) (\w+) keeps (\d+\.\d\d)% \(prunes (\d+\.\d\d)%\)((?: \w+ -?\d+\.\d)+) \| (\d+) steps (\d+) s seed (\d+) \| (.+)")
-LOG = re.compile(r"step \d{5,}/\d{5,}  loss \d+\.\d{4}  penalty -?\d+\.\d{4}  kept \d+\.\d+% \((?:no goal|goal \d+\.\d+%)\)  lr \d\.\de[+-]\d\d  \d+ ms  eta \d+[sm]")
+LOG = re.compile(r"step \d{5,}/\d{5,}  loss \d+\.\d{4}  penalty -?\d+\.\d{4}  "
+                 r"kept \d+\.\d+% \((?:no goal|goal \d+\.\d+%)\)  lr \d\.\de[+-]\d\d  \d+ ms  eta \d+[sm]")
 
 
 @pytest.mark.parametrize("script, task, v", CASES)
@@ -131,6 +180,49 @@ def test_result_and_log_files(trained, script, task, v):
     files = {f.name for f in out.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "result.json", "log.jsonl"} <= files
     assert not [f for f in files if f.endswith((".part", ".tmp", ".pt"))], files
+
+
+# ---- GLUE's other tasks
+
+# each as GLUE's own file has it: header (CoLA has none), row n of twenty; metrics by CONTRACT; classes in GLUE's order, or one number
+GLUE = {
+    "cola": ("CoLA", "", lambda n: f"gj04\t{n % 2}\t{'' if n % 2 else '*'}\tThe cat sat on {n} mats.", ["mcc"], ["0", "1"]),
+    "sst2": ("SST-2", "sentence\tlabel", lambda n: f"a film of {n} charms \t{n % 2}", ["acc"], ["0", "1"]),
+    "mrpc": ("MRPC", "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String",
+             lambda n: f"{n % 2}\t{n}\t{n + 50}\tHe said \"{n}.\tShe heard {n}.\r", ["acc", "F1"], ["0", "1"]),
+    "stsb": ("STS-B", "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore",
+             lambda n: f"{n}\tmain-captions\tMSRvid\t2012test\t{n}\tnone\tnone\tA plane {n}.\tA bird.\t{n / 4:.3f}", ["pearson", "spearman"], None),
+    "qnli": ("QNLI", "index\tquestion\tsentence\tlabel",
+             lambda n: f"{n}\tWho was {n}?\tIt was {n + n % 2}.\t{'not_' * (n % 2)}entailment", ["acc"], ["entailment", "not_entailment"]),
+    "rte": ("RTE", "index\tsentence1\tsentence2\tlabel",
+            lambda n: f"{n}\tNo {n}.\tYes.\t{'not_' * (n % 3 > 0)}entailment", ["acc"], ["entailment", "not_entailment"]),
+}
+
+
+@pytest.fixture(scope="session")
+def glue(tmp_path_factory):
+    """A folder with twenty rows of training and of dev data for each of these tasks."""
+    folder = tmp_path_factory.mktemp("twenty")
+    for name, head, row, _, _ in GLUE.values():
+        (folder / "glue" / name).mkdir(parents=True)
+        for file, at in (("train", 0), ("dev", 7)):
+            (folder / f"glue/{name}/{file}.tsv").write_text("\n".join([*[head] * bool(head), *map(row, range(at, at + 20)), ""]))
+    return folder
+
+
+@pytest.mark.parametrize("task", GLUE)
+def test_a_task_of_glue(call, glue, tiny, tmp_path, task):
+    """From GLUE's own files to a saved model that plain transformers opens, with the task's classes or, for STS-B, one number to regress."""
+    *_, metrics, labels = GLUE[task]
+    ended = call("magnitude", "--task", task, "--data", glue, "--model", tiny, "--out", "o", "--steps", 3, "--batch_size", 4, cwd=tmp_path)
+    assert (ended.code, ended.err) == (0, ""), ended
+    result = json.loads((tmp_path / "o/result.json").read_text())
+    assert (result["n_train"], result["n_dev"]) == (20, 20) and list(result["metrics"]) == metrics and all(abs(x) <= 100 for x in result["metrics"].values())
+    assert RESULT.fullmatch(ended.out.splitlines()[-1])[5].split()[::2] == metrics
+    opened = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "o")
+    assert opened.config.num_labels == opened.classifier.out_features == len(labels or [1])
+    assert (opened.config.problem_type == "regression") == (task == "stsb")
+    assert task == "stsb" or opened.config.id2label == dict(enumerate(labels))
 
 
 # ---- the saved model, in plain transformers
@@ -237,6 +329,29 @@ def test_saved_model_is_the_masked_model_that_was_trained(script, task, data, tm
     assert not hasattr(opened.bert.encoder.layer[0].output.dense, "parametrizations")
 
 
+@pytest.mark.parametrize("says", ["0", "1"])
+def test_the_report_is_of_the_file_that_was_saved(data, tiny, tmp_path, monkeypatch, capsys, says):
+    """A matrix is zeroed and the head made to say one class always, in the file alone, as it is written: what is kept, the metrics and the
+    exit status are the file's, not those of the model in memory."""
+    save = transformers.PreTrainedModel.save_pretrained
+
+    def altered(self, folder, **more):
+        save(self, folder, **more)
+        tensors = safetensors.torch.load_file(Path(folder) / "model.safetensors")
+        for name, value in (("bert.encoder.layer.0.intermediate.dense.weight", 0.0), ("classifier.weight", 0.0),
+                            ("classifier.bias", torch.tensor([0.0, 1.0] if says == "1" else [1.0, 0.0]))):
+            tensors[name][:] = value
+        safetensors.torch.save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", altered)
+    assert main("magnitude", "--task", "qqp", "--data", data, "--model", tiny, "--out", tmp_path / "o", "--sparsity", 0.1) == 3
+    result, each = json.loads((tmp_path / "o/result.json").read_text()), {n: float((w != 0).mean()) for n, w in weights_of(tmp_path / "o").items()}
+    assert result["kept_per_layer"] == pytest.approx(each, abs=1e-12) and [n for n in each if each[n] == 0] == ["bert.encoder.layer.0.intermediate.dense"]
+    assert result["kept"] == (4 * 102 + 205) / 8192 and "keeps 7.48% (prunes 92.52%)" in result["line"] and "MISSED" in result["line"]
+    gold = [line.split("\t")[-1] for line in (data / "glue/QQP/dev.tsv").read_text().splitlines()[1:]]
+    right, ones = gold.count(says), gold.count("1") * (says == "1")                     # F1 = 2 tp / (guessed + there)
+    assert 0 < right < 60 and result["metrics"] == pytest.approx({"acc": 100 * right / 60, "F1": 200 * ones / (60 + ones)})
+
+
 # ---- how much is kept, where, and when
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -244,6 +359,55 @@ def test_v_of_one_is_dense(trained, script):
     ended, out = trained(script, "squad", 1)
     left, n = nonzero(out)
     assert ended.code == 0 and left == n and "keeps 100.00% (prunes 0.00%)" in ended.out.splitlines()[-1]
+    if script != "mgpp":                                                            # dense fine-tuning is one thing: no scores, gates, pre-training
+        assert same_bytes(out, trained("magnitude", "squad", 1)[1])
+
+
+def test_v_of_one_of_mgpp_is_dense_without_clipping(trained, data, tiny, tmp_path, monkeypatch, capsys):
+    """Its paper clips nothing: that apart it too is magnitude.py's dense run."""
+    flags = ["--data", data, "--model", tiny, "--sparsity", 1, "--steps", 4]
+    assert main("mgpp", *flags, "--out", tmp_path / "mgpp") == main("magnitude", *flags, "--out", tmp_path / "clipped") == 0
+    monkeypatch.setitem(MODULES["magnitude"].HYPER["mini"]["*"], "clip", math.inf)
+    assert main("magnitude", *flags, "--out", tmp_path / "not clipped") == 0
+    assert same_bytes(tmp_path / "mgpp", tmp_path / "not clipped") and not same_bytes(tmp_path / "mgpp", tmp_path / "clipped")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_embeddings_are_frozen(trained, script):
+    """In the saved file they are what the run began with, byte for byte: mini's, and rpp's after its pre-training, where they learn."""
+    out = trained(script, "squad", 0.1)[1]
+    before, after = (safetensors.torch.load_file(Path(f) / "model.safetensors") for f in (out / "support" if script == "rpp" else ROOT / "mini/bert", out))
+    frozen = [name for name in before if name.startswith("bert.embeddings.")]
+    assert len(frozen) == 5 and all(before[name].numpy().tobytes() == after[name].numpy().tobytes() for name in frozen)
+    bias = "bert.encoder.layer.0.output.LayerNorm.bias"
+    assert not torch.equal(before[bias], after[bias])
+
+
+@pytest.mark.parametrize("v, kept, code", [(0.1, 0.1012, 3), (0.1, 0.0988, 3), (0.1, 0.1008, 0), (0.1, 0.0992, 0),
+                                           (0.01, 0.0106, 3), (0.01, 0.0094, 3), (0.01, 0.0104, 0), (0.01, 0.0096, 0)])
+def test_a_goal_that_is_missed(call, data, tiny, tmp_path, monkeypatch, capsys, v, kept, code):
+    """By more than 0.1 point, or for V below 2 % by more than 5 % of V: the last line says so and the status is 3, also when --resume tells
+    it once more; the model is saved all the same. --scope global, so that 24 roundings do not add up."""
+    module, flags = MODULES["magnitude"], ["--data", data, "--model", tiny, "--out", tmp_path / "o", "--sparsity", v, "--scope", "global",
+                                           "--preset", "mini", "--device", "cpu", "--steps", 2, "--batch_size", 4]
+    update = module.update_masks
+    monkeypatch.setattr(module, "update_masks", lambda masked, scores, share, scope: update(masked, scores, kept if share == v else share, scope))
+    with pytest.raises(SystemExit) as end:
+        common.launch(module.main, module.flags().parse_args([*map(str, flags)]))
+    lines, result = capsys.readouterr().out.splitlines(), json.loads((tmp_path / "o/result.json").read_text())
+    assert end.value.code == code and nonzero(tmp_path / "o") == (round(kept * 8192), 8192) and result["kept"] == round(kept * 8192) / 8192
+    assert RESULT.fullmatch(lines[-1]) and ["MISSED" in line for line in lines] == [False] * (len(lines) - 1) + [code == 3]
+    assert code == 0 or lines[-1].endswith(f" | MISSED the goal of {100 * v:.2f}%")
+    again = call("magnitude", *flags, "--resume", cwd=tmp_path)
+    assert (again.code, again.err, again.out.splitlines()[-1]) == (code, "", lines[-1])
+
+
+def test_a_finished_run_is_replaced_with_a_word(call, data, tiny, tmp_path):
+    flags, said = ["--data", data, "--model", tiny, "--out", "o", "--steps", 1, "--batch_size", 4], "o holds a finished run: this one takes its place\n"
+    for seed, told in ((0, False), (1, True)):
+        ended = call("magnitude", *flags, "--seed", seed, cwd=tmp_path)
+        assert ended.code == 0 and (said in ended.out) == told and json.loads((tmp_path / "o/result.json").read_text())["seed"] == seed
+    assert said not in call("magnitude", *flags, "--seed", 1, "--resume", cwd=tmp_path).out
 
 
 @pytest.mark.parametrize("script", [s for s in SCRIPTS if has(s, "--scope")])
@@ -296,6 +460,36 @@ def test_masks_follow_the_schedule_at_every_step(script, data, tmp_path, monkeyp
     assert not any(1000 < shape[0] for shape in frozen)                                                  # no word embeddings
 
 
+def falls(T, warm, end=0.0):
+    """The factors of T steps: over `warm` of them up to 1 in equal parts, then in equal parts down to end, reached after the last step."""
+    return [*(np.arange(1, warm + 1) / warm), *(end + (1 - end) * (T - np.arange(warm, T)) / (T - warm))]
+
+
+@pytest.mark.parametrize("script, flags, peaks, factors", [
+    ("magnitude", [], [5e-4], falls(40, 2)), ("mvp", [], [5e-4, 1e-2], falls(40, 2)), ("soft_mvp", [], [5e-4, 1e-2], falls(40, 2)),
+    ("l0", [], [5e-4, 1e-1], falls(40, 2)), ("mgpp", [], [5e-4], falls(40, 2)), ("rpp", [], [5e-4], falls(40, 2)),
+    ("mvp", ["--lr", 7e-4, "--score_lr", 2e-2], [7e-4, 2e-2], falls(40, 2)), ("l0", ["--score_lr", 0.3], [5e-4, 0.3], falls(40, 2)),
+    ("rpp", ["--lr", 7e-4], [7e-4], falls(40, 2)), ("magnitude", ["--preset", "paper"], [3e-5], falls(40, 4)),
+    ("mgpp", ["--preset", "paper"], [5e-5], falls(40, 0, 0.1))])
+def test_learning_rates_of_every_step(data, tiny, tmp_path, capsys, script, flags, peaks, factors):
+    """As the optimiser has them when it makes its step, the weights' and the scores': warm-up over 5 % of the run (the paper's SQuAD: 10 %),
+    then down to nothing; in MGPP's paper from the first step, to a tenth. RPP's pre-training has a peak of its own, unless --lr is given."""
+    steps = []
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: steps.append((optimizer, [group["lr"] for group in optimizer.param_groups])))
+    try:
+        code = main(script, "--data", data, "--model", tiny, "--out", tmp_path / "o", "--sparsity", 0.5, "--steps", 40, "--batch_size", 1,
+                    *["--pretrain_steps", 20] * (script == "rpp"), *flags)
+    finally:
+        hook.remove()
+    fine, before = ([rates for optimizer, rates in steps if (optimizer is steps[-1][0]) == last] for last in (True, False))
+    assert code == 0 and len(fine) == 40 and len(before) == 20 * (script == "rpp")
+    np.testing.assert_allclose(fine, np.outer(factors, peaks), rtol=1e-12)
+    if before:
+        np.testing.assert_allclose(before, np.outer(falls(20, 1), [7e-4 if flags else 1e-3]), rtol=1e-12)
+    row = json.loads((tmp_path / "o/log.jsonl").read_text().splitlines()[-1])
+    assert row["step"] == 40 and row["lr"] == pytest.approx(peaks[0] * factors[-1], rel=1e-12)             # and the log tells that of the weights
+
+
 # ---- soft movement's open loop, the advice, the teacher
 
 def test_open_loop(trained, data):
@@ -304,23 +498,34 @@ def test_open_loop(trained, data):
     result = json.loads((out / "result.json").read_text())
     assert ended.code == 0 and result["kept"] == left / n and 0.005 <= left / n < 0.999, ended              # an outcome, not the 3 % asked
     assert RESULT.fullmatch(ended.out.splitlines()[-1]) and "no goal" in ended.out
+    told = "keeps 3.00% (prunes 97.00%) of the encoder's weights if --penalty finds so many |"                # a wish, then, and not a promise
+    assert told in ended.out.splitlines()[0] and "finds" not in trained("soft_mvp", "squad", 0.03)[0].out.splitlines()[0]
     gentle, out = trained("soft_mvp", "squad", 0.03, "--penalty", "1e-6")
     assert gentle.code == 0 and nonzero(out)[0] == n                                                        # nothing presses, nothing goes
 
 
-def test_open_loop_ramps_threshold_and_lambda(data, tmp_path, monkeypatch, capsys):
-    module, taus, rows = MODULES["soft_mvp"], [], []
-    update = module.update_masks_open
-    monkeypatch.setattr(module, "update_masks_open", lambda masked, scores, tau: (taus.append(tau), update(masked, scores, tau)))
-    monkeypatch.setattr(module, "sigmoid_penalty", lambda scores: 0 * scores[0].sum() + 1)
-    log = common.Run.log
+@pytest.mark.parametrize("flags, lambda_f", [(["--penalty", 300], 300), ([], 1000)], ids=["open loop", "default"])
+def test_threshold_and_lambda_ramp(data, tiny, tmp_path, monkeypatch, capsys, flags, lambda_f):
+    """lambda_t = lambda_f tau_t / 0.1, on the cubic, times the mean over matrices of the mean of sigmoid(S), of the scores with which the step
+    began: at every step, lambda_f given by --penalty or, where tau is solved for, 1000."""
+    module, levels, means, rows, log = MODULES["soft_mvp"], [], [], [], common.Run.log
+
+    def spied(update):
+        def update_masks(masked, scores, level):
+            levels.append(level)
+            means.append(np.mean([np.mean(1 / (1 + np.exp(-s.detach().numpy().astype(float)))) for s in scores]))
+            update(masked, scores, level)
+        return update_masks
+    for name in ("update_masks", "update_masks_open"):
+        monkeypatch.setattr(module, name, spied(getattr(module, name)))
     monkeypatch.setattr(common.Run, "log", lambda self, step, loss, penalty, *more: (rows.append(penalty.item()), log(self, step, loss, penalty, *more)))
-    args = module.flags().parse_args(["--data", str(data), "--out", str(tmp_path / "o"), "--device", "cpu", "--preset", "mini", "--steps", "20",
-                                      "--batch_size", "4", "--penalty", "300"])
-    assert module.main(args) == 0
-    ramp = np.array([1 - cubic(t, 20, 0.0, args.t_i, args.t_f) for t in range(20)])
-    np.testing.assert_allclose(taus, [*(0.1 * ramp), 0.1], atol=1e-12)
-    np.testing.assert_allclose(rows, 300 * ramp, rtol=1e-6, atol=1e-6)                                      # lambda_t = lambda_f tau_t / 0.1
+    assert main("soft_mvp", "--data", data, "--model", tiny, "--out", tmp_path / "o", "--steps", 20, "--sparsity", 0.05, *flags) == 0
+    ramp = np.array([1 - cubic(t, 20, 0.0, 0.05, 0.3) for t in range(20)])
+    assert ramp[0] == 0 and ramp[-6:].tolist() == [1] * 6 and means[0] == 0.5 > means[-1] > 0.2
+    expected = [*(0.1 * ramp), 0.1] if flags else [*(1 - 0.95 * ramp), 0.05]                               # and once more for the bake
+    np.testing.assert_allclose(levels, expected, atol=1e-12)
+    np.testing.assert_allclose(rows, lambda_f * ramp * means[:20], rtol=1e-5)
+    assert json.loads((tmp_path / "o/log.jsonl").read_text().splitlines()[-1])["penalty"] == rows[-1]
 
 
 def test_advice_on_keeping_most(trained):
@@ -372,44 +577,64 @@ def test_same_seed_same_bytes_in_another_process(trained, fork, data, script, tm
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_stopped_and_resumed(trained, call, data, script, tmp_path):
-    """Ctrl-C says how to go on and exits 130; the run that goes on, from a checkpoint two steps back, ends in the same bytes."""
-    flags = ["--task", "squad", "--sparsity", "0.1", "--data", str(data), "--out", "o", *SHORT]
+def test_stopped_and_resumed(trained, call, data, dropout, script, tmp_path):
+    """Ctrl-C says how to go on and exits 130; the run that goes on, from a checkpoint two steps back, ends in the same bytes. mvp and rpp with
+    dropout: a step draws what it would have drawn. rpp is stopped at step 8 of its pre-training, and at step 11 of fine-tuning."""
+    own = ["--model", str(dropout)] * (script in ("mvp", "rpp")) + ["--pretrain_steps", "9"] * (script == "rpp")
+    flags = ["--task", "squad", "--sparsity", "0.1", "--data", str(data), "--out", "o", *SHORT, *own]
     ended = call(script, *flags, cwd=tmp_path, interrupt=8)
     assert ended.code == 130 and "Traceback" not in ended.err and f"{script}.py" in ended.err and "--resume" in ended.err
     assert (tmp_path / "o/checkpoint.pt").exists() and not (tmp_path / "o/result.json").exists()
     ended = call(script, *flags, "--resume", cwd=tmp_path, interrupt=11)
-    assert ended.code == 130 and "going on from step 6" in ended.out
+    assert ended.code == 130 and f"going on from step 6{' of pre-training' * (script == 'rpp')}\n" in ended.out
     ended = call(script, *flags, "--resume", cwd=tmp_path)
-    assert ended.code == 0 and "going on from step 9" in ended.out and RESULT.fullmatch(ended.out.splitlines()[-1])
-    assert same_bytes(tmp_path / "o", trained(script, "squad", 0.1)[1])
-    assert all(steps == sorted(set(steps)) and steps[-1] == 12 for steps in logged(tmp_path / "o").values())
+    assert ended.code == 0 and "going on from step 9\n" in ended.out and RESULT.fullmatch(ended.out.splitlines()[-1])
+    whole = trained(script, "squad", 0.1, *own)[1]
+    assert same_bytes(tmp_path / "o", whole) and (script != "rpp" or same_bytes(tmp_path / "o/support", whole / "support"))
+    assert {phase: (steps == sorted(set(steps)), steps[-1]) for phase, steps in logged(tmp_path / "o").items()} == {
+        "fine-tuning": (True, 12), **({"pre-training": (True, 9)} if script == "rpp" else {})}
     before = tree(tmp_path)
     again = call(script, *flags, "--resume", cwd=tmp_path)                                                   # finished: says so once more
     assert again.code == 0 and again.out.splitlines()[-1] == ended.out.splitlines()[-1] and tree(tmp_path) == before
 
 
+# Kills the process at a step of a phase, between its line of the log and its checkpoint.
+KILL = r'''
+import os, signal
+import common
+
+log = common.Run.log
+
+
+def killed(self, step, *more):
+    log(self, step, *more)
+    if (self.phase, step) == AT:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+common.Run.log = killed
+'''
+
+
 @pytest.mark.parametrize("script", ["magnitude", "l0", "rpp"])      # what a method has to remember: nothing, multipliers, a phase more
 def test_killed_and_resumed(trained, fork, data, script, tmp_path):
-    """SIGKILL in the middle of a checkpoint, of the model's file, and twice at a random moment; then to the end: the same bytes."""
-    rng, out = random.Random(script), tmp_path / "o"
+    """SIGKILL in the middle of a checkpoint, twice between two, and in the middle of the model's file, for rpp of its support's: each after the
+    step at which it was to be; then to the end: the same bytes."""
+    rng, out, rpp = random.Random(script), tmp_path / "o", script == "rpp"
     flags = ["--task", "squad", "--sparsity", "0.1", "--data", str(data), "--out", "o", *SHORT]
-    kills = [dict(cut=["checkpoint.pt", rng.randint(2, 5)]), dict(cut=["model.safetensors", 1]),
-             *(dict(when="\nstep ", after=rng.uniform(0, 0.5), signal=signal.SIGKILL) for _ in range(2))]
-    rng.shuffle(kills)
-    for n, kill in enumerate(kills):
+    first, (a, b) = rng.randint(2, 4), sorted(rng.sample(range(5, 12), 2))
+    at = lambda phase, step: dict(patch=f"AT = {phase, step}\n{KILL}")
+    cut, model = dict(cut=["checkpoint.pt", first]), dict(cut=["model.safetensors", 1])
+    kills = [(cut, first - 1), (at("pre-training", a), a - 1), (model, 11), (at("fine-tuning", b), b - 1)] if rpp else [
+             (cut, first - 1), (at("fine-tuning", a), a - 1), (at("fine-tuning", b), b - 1), (model, 11)]
+    for n, (kill, left) in enumerate(kills):
         ended = fork(script, *flags, *["--resume"] * (n > 0), cwd=tmp_path, every=True, **kill)
-        assert (ended.code, ended.err) in ((-signal.SIGKILL, ""), (0, "")), ended
-        if ended.code == 0:                                                         # a random moment after its end
-            break
-        assert not (out / "result.json").exists() or "RESULT" in (out / "result.json").read_text()
-        if (out / "checkpoint.pt").exists():                                        # whole, whatever was being written
-            assert 1 <= torch.load(out / "checkpoint.pt", weights_only=True)["step"] < 12
-    assert n > 0
+        assert (ended.code, ended.err) == (-signal.SIGKILL, "") and not (out / "result.json").exists(), (n, ended)
+        assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == left, n          # whole, whatever was being written
     ended = fork(script, *flags, "--resume", cwd=tmp_path)
-    assert ended.code == 0 and ("going on from step" in ended.out or "this run is finished" in ended.out), ended
+    assert ended.code == 0 and f"going on from step {left}\n" in ended.out, ended
     assert same_bytes(out, trained(script, "squad", 0.1)[1])
-    for phase in ["pre-training"] * (script == "rpp") + ["fine-tuning"]:
+    for phase in ["pre-training"] * rpp + ["fine-tuning"]:
         steps = logged(out)[phase]
         assert steps == sorted(set(steps)) and steps[-1] == 12
     assert not [f.name for f in out.iterdir() if f.name.endswith((".part", ".pt"))]
@@ -440,6 +665,21 @@ def a_run(out, **flags):
     args = dict(task="squad", sparsity=0.1, preset="mini", model=None, data=None, teacher=None, out=str(out), resume=False, seed=0, steps=9,
                 batch_size=4, lr=1e-3, device="cpu")
     return common.Run("mvp.py", argparse.Namespace(**args | flags), {"mini": {"*": {}}})
+
+
+def test_random_numbers_of_a_step(tmp_path, capsys):
+    """Those of (seed, step, process) alone: no two alike, and the same once more, whatever was drawn in between."""
+    run, drawn = a_run(tmp_path / "o"), {}
+    cases = [(seed, step, rank, world) for seed in (0, 1) for step in (0, 1, 2, 500) for rank, world in ((0, 1), (0, 2), (1, 2))]
+    for case in [*cases, *reversed(cases)]:
+        run.args.seed, step, run.rank, run.world = case
+        run.seed_step(step)
+        drawn.setdefault(case, []).append(torch.rand(3).tolist())
+    assert all(one == other for one, other in drawn.values())
+    # one process and the first of two may share their numbers: they are never in one run
+    for world in (1, 2):
+        mine = [tuple(one) for case, (one, _) in drawn.items() if case[3] == world]
+        assert len(set(mine)) == len(mine) == 8 * world
 
 
 @pytest.mark.parametrize("stop", range(1, 14))
@@ -525,7 +765,8 @@ def test_disk_full_in_the_small_files(fork, data, tmp_path):
     assert "o" in one_sentence(fork("mvp", *flags, cwd=tmp_path, fail=["log.jsonl", 1, 28])) and not (out / "log.jsonl").exists()
     for name, n, errno, step in (("checkpoint.pt", 3, 28, 2), ("checkpoint.pt", 3, 122, 4), ("result.json", 1, 28, 11), ("result.json", 1, 13, 11)):
         ended = fork("mvp", *flags, *["--resume"] * (step > 2), cwd=tmp_path, every=True, fail=[name, n, errno])
-        assert ("Permission denied" if errno == 13 else "the disk is full") in one_sentence(ended) and ended.err.endswith(" --out o --steps 12 --batch_size 8 --resume\n")
+        assert ("Permission denied" if errno == 13 else "the disk is full") in one_sentence(ended)
+        assert ended.err.endswith(" --out o --steps 12 --batch_size 8 --resume\n")
         assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == step and not (out / "result.json").exists()
         assert not list(out.glob("*.part"))
     assert fork("mvp", *flags, "--resume", cwd=tmp_path).code == 0
@@ -635,13 +876,16 @@ def cosine(a, b):
 
 
 @pytest.mark.parametrize("script", ["soft_mvp", "l0", "rpp"])       # scores, noise, two phases; torchrun itself: test_readme.py
-def test_two_processes(trained, fork, data, script, tmp_path):
+def test_two_processes(trained, fork, data, dropout, script, tmp_path):
     """On two gloo processes: one RESULT, the same kept, the same masks on both at every step, and about those of one process. Stopped at the
-    eighth step both go on from rank 0's checkpoint of the sixth, with the masks that they would have had, to the same bytes."""
+    eighth step both go on from rank 0's checkpoint of the sixth, with the masks that they would have had, to the same bytes. soft_mvp with
+    dropout, so that each draws what it would have drawn: not what one process would have."""
+    own = ["--model", str(dropout)] * (script == "soft_mvp")
+
     def run(out, stop, *flags):
         for rank in (0, 1):
             (tmp_path / f"masks{rank}").unlink(missing_ok=True)
-        one, other = fork(script, "--task", "squad", "--sparsity", 0.1, "--data", data, "--out", out, *SHORT, *flags, cwd=tmp_path, world=2,
+        one, other = fork(script, "--task", "squad", "--sparsity", 0.1, "--data", data, "--out", out, *SHORT, *own, *flags, cwd=tmp_path, world=2,
                           patch=f"STOP, SLOW = {stop}, {out == 'o'}\n{SPY}")
         assert (other.out, other.err) == ("", "") and one.code == other.code, (one, other)                   # rank 1 prints nothing
         masks = [(tmp_path / f"masks{rank}").read_text().splitlines() for rank in (0, 1)]
@@ -653,8 +897,8 @@ def test_two_processes(trained, fork, data, script, tmp_path):
     assert ended.out.count("RESULT") == 1 and sum(line.startswith(f"{script} squad") for line in ended.out.splitlines()) == 1
     _, alone = trained(script, "squad", 0.1)
     assert nonzero(tmp_path / "o") == nonzero(alone)
-    # the same global batch, its gradient averaged: biases and LayerNorms move as in one process, and not as with other batches
-    assert cosine(moved(tmp_path / "o"), moved(alone)) > 0.9 > 0.5 > cosine(moved(trained(script, "squad", 0.1, "--seed", "1")[1]), moved(alone))
+    if not own:     # the same global batch, its gradient averaged: biases and LayerNorms move as in one process, and not as with other batches
+        assert cosine(moved(tmp_path / "o"), moved(alone)) > 0.9 > 0.5 > cosine(moved(trained(script, "squad", 0.1, "--seed", "1")[1]), moved(alone))
     stopped, first = run("p", True)
     assert stopped.code == 130 and first == masks[:8] and re.fullmatch(rf"\nstopped; to go on: torchrun \.\.\. \S*{script}\.py .*--resume\n", stopped.err)
     ended, rest = run("p", False, "--resume")
@@ -721,7 +965,9 @@ WRONG_FLAGS = {
     **{f"device {d}": ["--device", d] for d in ("abacus", "cuda", "cuda:99", "cpu:x", "meta", "mps", "xpu", "hpu", "privateuseone")},
     "preset": ["--preset", "maxi"], "unknown flag": ["--sparsety", "0.1"], "abbreviated flag": ["--spars", "0.1"], "stray word": ["squad"],
 }
-OWN_FLAGS = {"--gamma": ["-1", "0", "nan"], "--rounds": ["0", "2.5"], "--corpus": ["nowhere.txt"], "--support": ["nowhere"], "--scope": ["everywhere"], "--score_lr": ["-1", "0", "nan"], "--penalty": ["-1", "nan", "inf", "much"]}
+OWN_FLAGS = {"--gamma": ["-1", "0", "nan"], "--rounds": ["0", "2.5"], "--corpus": ["nowhere.txt"], "--support": ["nowhere"], "--pretrain_steps": ["0"],
+             "--scope": ["everywhere"], "--score_lr": ["-1", "0", "nan"], "--penalty": ["-1", "nan", "inf", "much"],
+             "--mix": ["1.5", "0", "nan"], "--spike": ["0", "-1"], "--slab": ["0"], "--interval": ["0", "2.5"]}
 
 
 @pytest.fixture
@@ -766,6 +1012,16 @@ def test_dev_file_that_is_not_there(call, data, tmp_path, task, file):
     (tmp_path / "d" / file).unlink()
     error = one_sentence(call("mvp", "--task", task, "--data", "d", "--out", "o", *SHORT, cwd=tmp_path))
     assert f"d/{file}" in error and not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("pairs, single", [("train", "dev"), ("dev", "train")])
+def test_pairs_in_one_file_and_single_texts_in_the_other(call, tiny, tmp_path, pairs, single):
+    (tmp_path / "tsv").mkdir()
+    (tmp_path / f"tsv/{pairs}.tsv").write_text("text\ttext2\tlabel\nA\tB\tyes\nC\tD\tno\n")
+    (tmp_path / f"tsv/{single}.tsv").write_text("text\tlabel\nA\tyes\nC\tno\n")
+    before = tree(tmp_path)
+    error = one_sentence(call("magnitude", "--task", "tsv", "--data", tmp_path, "--model", tiny, "--out", "o", *SHORT, cwd=tmp_path))
+    assert f"{tmp_path / 'tsv'}: text2 must be in both dev.tsv and train.tsv" in error and tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("task", ["cola", "sst2", "mrpc", "stsb", "qnli", "rte", "tsv"])
@@ -832,6 +1088,37 @@ def test_teacher_that_is_none(call, trained, data, nothing_written):
     for task, teacher in (("squad", "nowhere"), ("squad", mnli), ("squad", ROOT / "mini/bert"), ("mnli", qqp), ("qqp", mnli), ("mnli", ROOT / "mini/bert")):
         error = one_sentence(call("mvp", "--task", task, "--teacher", teacher, "--data", data, "--out", "o", *SHORT, cwd=nothing_written))
         assert str(teacher) in error
+
+
+def test_teacher_that_reads_other_texts(call, data, tiny, nothing_written, tmp_path_factory):
+    """Of another vocabulary, or too short for these texts: its logits would be of other words. One of more positions reads the same."""
+    folder = tmp_path_factory.mktemp("teachers")
+    for name, change, told in (("other words", dict(vocab_size=1400), "1400 words"), ("short", dict(max_position_embeddings=64), "64 positions")):
+        teacher = a_bert(folder / name, "BertForQuestionAnswering", **change)
+        error = one_sentence(call("mvp", "--teacher", teacher, "--model", tiny, "--data", data, "--out", "o", *SHORT, cwd=nothing_written))
+        assert f"--teacher {teacher}" in error and told in error and "has 1302 and texts of 128 tokens" in error
+    teacher = a_bert(folder / "long", "BertForQuestionAnswering", max_position_embeddings=256)
+    assert call("mvp", "--teacher", teacher, "--model", tiny, "--data", data, "--out", folder / "o", "--steps", 1, "--batch_size", 4, cwd=folder).code == 0
+
+
+def test_teachers_of_others(call, glue, tiny, tmp_path):
+    """Who made it may have left its task open, or written it in another way; another task is a mistake."""
+    config = json.loads((a_bert(tmp_path / "t", "BertForSequenceClassification") / "config.json").read_text())
+    for n, (named, good) in enumerate(((None, True), ("sst-2", True), ("glue:sst2", True), ("SST-2", True), ("cola", False))):
+        (tmp_path / "t/config.json").write_text(json.dumps(config | {"finetuning_task": named}))
+        ended = call("magnitude", "--task", "sst2", "--data", glue, "--model", tiny, "--teacher", "t", "--out", f"o{n}", "--steps", 1,
+                     "--batch_size", 4, cwd=tmp_path)
+        assert (ended.code, ended.err) == (0, "") if good else "--teacher t was fine-tuned on cola" in one_sentence(ended), named
+
+
+def test_squad_from_a_classifier(call, data, tmp_path):
+    """A model whose config counts three classes: SQuAD's head has two outputs all the same, start and end."""
+    a_bert(tmp_path / "three", "BertForSequenceClassification", num_labels=3)
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "three").num_labels == 3
+    ended = call("magnitude", "--model", "three", "--data", data, "--out", "o", "--steps", 2, "--batch_size", 4, cwd=tmp_path)
+    assert (ended.code, ended.err) == (0, "")
+    opened = transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "o")
+    assert opened.config.num_labels == opened.qa_outputs.out_features == 2
 
 
 def test_out_that_cannot_be(call, data, nothing_written):
