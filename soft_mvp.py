@@ -105,15 +105,15 @@ def kth_largest(x, k):
 
     A sample brackets it, so that only the few elements inside the bracket are searched; a full sort costs 20 times more."""
     n = x.numel()
-    if n > 100_000:
-        # A bracket [low, high] from every (n / 16384)-th element (an odd number: not column by column), four standard deviations to each side.
-        sample = x[::n // 16384 | 1].sort(descending=True).values
+    if n > 30_000:
+        # A bracket [low, high] from every n^(1/3)-th element (an odd number: not column by column), four standard deviations to each side.
+        sample = x[::int(n ** (1 / 3)) | 1].sort(descending=True).values
         at, slack = k / n * len(sample), 4 * (k / n * (1 - k / n) * len(sample)) ** 0.5 + 2
         high, low = sample[max(int(at - slack), 0)], sample[min(int(at + slack), len(sample) - 1)]
         above, inside = int(torch.count_nonzero(x > high)), x[(x <= high) & (x >= low)]
         # It holds the k-th largest unless the sample was unlucky; then all are searched.
         if above < k <= above + len(inside):
-            return inside.kthvalue(len(inside) - (k - above) + 1).values
+            return high if high == low else inside.kthvalue(len(inside) - (k - above) + 1).values
     return x.kthvalue(n - k + 1).values
 
 
@@ -145,16 +145,17 @@ def update_masks_open(masked, scores, tau):
 @torch.no_grad()
 def update_masks(masked, scores, v):
     """M = (S > tau) with the one tau at which exactly round(v n) of all n scores are kept, floors included (less for V under 0.5 %)."""
-    def top(scores):
-        # all scores in one row, (n,), ranked, and cut up again
-        return top_v(torch.cat([s.flatten() for s in scores]), v).split([s.numel() for s in scores])
-
     if v == 1:
         return [m.mask.fill_(1.0) for m in masked]
-    masks = top(scores)
-    if (torch.stack([torch.count_nonzero(m) for m in masks]).cpu() < torch.tensor([floor(s) for s in scores])).any():
-        # the floors rank before all others
-        masks = top([s.masked_fill(top_v(s, min(v, floor(s) / s.numel())), torch.inf) for s in scores])
+    ranked, short = list(scores), True
+    while short:
+        # all scores in one row, (n,), ranked, and cut up again
+        masks = top_v(torch.cat([s.flatten() for s in ranked]), v).split([s.numel() for s in scores])
+        kept = torch.stack([torch.count_nonzero(mask) for mask in masks]).tolist()
+        short = [i for i, s in enumerate(scores) if kept[i] < floor(s) and ranked[i] is s]
+        for i in short:
+            s = scores[i]                                           # its floor ranks before all others; then all are ranked again
+            ranked[i] = s.masked_fill(top_v(s, min(v, floor(s) / s.numel())), torch.inf)
     for m, mask in zip(masked, masks):
         m.mask.copy_(mask.view_as(m.mask))
 
