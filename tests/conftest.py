@@ -85,6 +85,7 @@ def call(tmp_path_factory):
 # Python to run first. world: 1, or 2 processes as torchrun would start them; the second's output goes to files of its own.
 FORKER = r'''
 import json, os, runpy, signal, socket, sys, time, traceback
+import torch
 import transformers.models.bert.modeling_bert
 import common
 
@@ -121,7 +122,8 @@ def child(ask, rank):
     os.chdir(ask["cwd"])
     for fd, path in ((1, ask["out"]), (2, ask["err"])):
         os.dup2(os.open(path + "1" * rank, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
-    if ask["world"] > 1:
+    if ask["world"] > 1:                                    # as torchrun does it
+        torch.set_num_threads(1)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ask["world"]), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ask["port"]))
     exec(ask["patch"], {})
     os.fsync, transformers.PreTrainedModel.save_pretrained = synced, saved

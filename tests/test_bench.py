@@ -27,7 +27,7 @@ def test_the_baton_goes_round_and_is_dropped():
 
 
 def test_two_scripts_in_turn(tmp_path):
-    spec = bench.SHAPES["mini"] | dict(folder=str(tmp_path), device="cpu", steps=4)
+    spec = bench.SHAPES["mini"] | dict(folder=str(tmp_path), device="cpu", steps=4, batch_size=4)
     bench.lay_out("mini", spec)
     found = bench.measure(spec, ["dense", "mvp"])
     assert set(found) == {"dense", "mvp", "bytes"} and 1e8 < found["bytes"] < 2e10

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +15,7 @@ import transformers
 import common
 import tasks
 import rpp
-from conftest import ENV, ROOT
+from conftest import ROOT
 from test_scripts import logged, nonzero, one_sentence, same_bytes, tree, weights_of
 
 SHORT = ["--steps", "6", "--batch_size", "4"]
@@ -330,7 +328,7 @@ def test_heads_that_are_not_there_are_started_anew(call, data, tmp_path):
 # ---- stopped, killed, started anew
 
 KILL = r'''
-import os, runpy, signal, sys
+import os, signal
 import common
 
 folder_whole = common.folder_whole
@@ -343,8 +341,6 @@ def half(part, write):
 
 
 common.folder_whole = lambda path, write=None: folder_whole(path, write and (lambda part: half(part, write)))
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
 '''
 
 
@@ -356,11 +352,10 @@ def is_whole(out, whole):
     assert all(steps == sorted(set(steps)) and steps[-1] == 6 for steps in logged(out).values()) and len(logged(out)) == 2
 
 
-def test_killed_while_the_support_is_written(call, trained, data, tmp_path):
+def test_killed_while_the_support_is_written(call, fork, trained, data, tmp_path):
     flags = ["--task", "squad", "--sparsity", "0.1", "--data", str(data), "--out", "o", *SHORT]
-    (tmp_path / "kill.py").write_text(KILL)
-    dead = subprocess.run([sys.executable, "kill.py", ROOT / "rpp.py", *flags], cwd=tmp_path, env=ENV, capture_output=True, text=True)
-    assert dead.returncode == -signal.SIGKILL and (tmp_path / "o/support.part").exists() and not (tmp_path / "o/support").exists()
+    dead = fork("rpp", *flags, cwd=tmp_path, patch=KILL)
+    assert dead.code == -signal.SIGKILL and (tmp_path / "o/support.part").exists() and not (tmp_path / "o/support").exists()
     ended = call("rpp", *flags, "--resume", cwd=tmp_path)
     assert ended.code == 0 and "before pruning" in ended.out
     is_whole(tmp_path / "o", trained("rpp", "squad", 0.1, *SHORT)[1])

@@ -773,9 +773,10 @@ def test_disk_full_in_the_small_files(fork, data, tmp_path):
 
 
 @pytest.mark.parametrize("script", ["mvp", "rpp"])      # the frame is one; rpp has a phase more
-def test_ctrl_c(fork, script, tmp_path):
+def test_ctrl_c(fork, data, script, tmp_path):
     """A real SIGINT, in training and before: the words say how to go on, and those words work."""
-    flags = ["--out", "o", "--steps", "100000", "--batch_size", "8"]                                   # all of mini's data: a second or two to read
+    flags = ["--out", "o", "--steps", "100000", "--batch_size", "8"]                                   # all of mini's squad: a second or two to read
+    flags += ["--corpus", str(data / "corpus.txt")] * (script == "rpp")
     ended = fork(script, *flags, cwd=tmp_path, when="keeps", signal=signal.SIGINT)                      # before anything is written ...
     assert ended.code == 130 and "Traceback" not in ended.err and not (tmp_path / "o").exists()
     assert ended.err == f"\nstopped; to go on: python {ROOT / script}.py {' '.join(flags)}\n"            # ... there is nothing to resume
@@ -939,18 +940,30 @@ def test_a_process_of_two_that_dies_ends_the_run(data, tmp_path, number, whom):
     assert sum(line.startswith("mvp.py: ") for line in ended.err.splitlines()) <= (whom == 1)                  # if torchrun leaves it the time
 
 
-def test_a_mistake_of_two_processes_is_told_once(data, tmp_path):
-    ended = spawn(*TORCHRUN, ROOT / "mvp.py", "--data", data, "--out", "o", "--steps", 2, "--batch_size", 7, cwd=tmp_path)
-    assert ended.code != 0 and sum("--batch_size 7 cannot be split over 2 processes" in line for line in ended.err.splitlines()) == 1, ended.err
-    assert not (tmp_path / "o").exists()
+def test_a_mistake_of_two_processes_is_told_once(fork, data, tmp_path):
+    """By the first; the other waits a while, in which torchrun ends it, here we."""
+    ended = "import os, time\ntime.sleep = lambda seconds: seconds and os._exit(2)"
+    one, other = fork("mvp", "--data", data, "--out", "o", "--steps", 2, "--batch_size", 7, cwd=tmp_path, world=2, patch=ended)
+    assert one.code == other.code == 2 and (other.out, other.err) == ("", "") and not (tmp_path / "o").exists()
+    assert "--batch_size 7 cannot be split over 2 processes" in one_sentence(one)
 
 
-def test_what_befalls_another_process_alone_is_told(data, tmp_path):
-    """As on a second machine that has not all the files, or a second GPU that is not there: rank 1 says it, and the run ends."""
-    (tmp_path / "alone.py").write_text("import os, runpy, sys\nimport common\nif os.environ['RANK'] == '1':\n    sys.argv += ['--device', 'cuda:7']\n"
-                                       "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n")
-    ended = spawn(*TORCHRUN, "alone.py", ROOT / "mvp.py", "--data", data, "--out", "o", "--steps", 2, cwd=tmp_path)
-    assert ended.code != 0 and sum(line.startswith("mvp.py: --device cuda:7") for line in ended.err.splitlines()) == 1, ended.err
+def test_what_befalls_another_process_alone_is_told(fork, data, tmp_path):
+    """As on a second machine that has not all the files, or a second GPU that is not there: rank 1 says it, after a while. Rank 0, which waits for
+    it, is ended by torchrun, here by its alarm."""
+    alone = """import os, signal, time
+import common
+time.sleep = int                # a while
+init = common.Run.__init__
+def other(self, script, args, hyper):
+    if os.environ["RANK"] == "1":
+        args.device = "cuda:7"
+    init(self, script, args, hyper)
+common.Run.__init__ = other
+signal.alarm(2 if os.environ["RANK"] == "0" else 60)"""
+    one, other = fork("mvp", "--data", data, "--out", "o", "--steps", 2, cwd=tmp_path, world=2, patch=alone)
+    assert one.code == -signal.SIGALRM and one.err == "" and "RESULT" not in one.out
+    assert other.out == "" and one_sentence(other).startswith("mvp.py: --device cuda:7")
 
 
 # ---- mistakes
