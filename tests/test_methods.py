@@ -183,7 +183,7 @@ def test_top_v_of_other_shapes(module):
     assert module.top_v(torch.zeros(1, 1), 0.5).all()
 
 
-N = 150_001                                                                        # above the size at which kth_largest samples
+N = 40_001                                                                         # above the size at which kth_largest samples
 rng = np.random.default_rng(5)
 LARGE = {
     "normal": rng.normal(size=N),
@@ -194,8 +194,8 @@ LARGE = {
     "half zeros": np.where(rng.random(N) < 0.5, 0.0, rng.normal(size=N)),
     "three values": rng.integers(-1, 2, size=N),
     "two values, one rare": (rng.random(N) < 1e-4),
-    "periodic": np.arange(N) % 53,                                                 # a stride of the sample: it sees one value only
-    "one far out": np.where(np.arange(N) == 77_777, 1e30, 0.0),
+    "periodic": np.arange(N) % 35,                                                 # a stride of the sample: it sees one value only
+    "one far out": np.where(np.arange(N) == 7_777, 1e30, 0.0),
     "infinite": np.where(rng.random(N) < 0.3, np.where(rng.random(N) < 0.5, np.inf, -np.inf), rng.normal(size=N)),
     "negative": -rng.random(N) - 5,
     "heavy tails": rng.standard_cauchy(N),
@@ -225,7 +225,7 @@ def test_kth_largest_of_any_size(module, n):
 @pytest.mark.parametrize("module", having("top_v"))
 @pytest.mark.parametrize("name", ["normal", "zeros", "half zeros", "three values", "periodic", "infinite"])
 def test_top_v_of_many(module, name):
-    x = LARGE[name].astype(np.float32)[:-1].reshape(300, 500)
+    x = LARGE[name].astype(np.float32)[:-1].reshape(100, 400)
     for v in (1e-6, 0.03, 0.1, 0.6, 1.0):
         mask = module.top_v(torch.tensor(x), v).numpy()
         assert mask.sum() == max(1, round(v * x.size)) and np.array_equal(mask, brute_top_v(x, v)), v

@@ -907,37 +907,40 @@ def test_two_processes(trained, fork, data, dropout, script, tmp_path):
     assert same_bytes(tmp_path / "o", tmp_path / "p")
 
 
-# Sends a signal at the third step: to this process of two, or to torchrun itself.
+# Sends a signal at the third step: to rank 1, or rank 0 to torchrun.
 SIGNALLED = r'''
-import os, runpy, signal, sys
+import os, signal
 import common
 
-number, whom, log = int(sys.argv[1]), sys.argv[2], common.Run.log
+log = common.Run.log
 
 
 def signalled(self, step, *more):
     log(self, step, *more)
-    if step == 3 and os.environ["RANK"] == ("0" if whom == "torchrun" else whom):
-        os.kill(os.getppid() if whom == "torchrun" else os.getpid(), number)
+    if step == 3 and os.environ["RANK"] == RANK:
+        os.kill(os.getpid() if RANK == "1" else os.getppid(), NUMBER)
 
 
 common.Run.log = signalled
-signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.argv = sys.argv[3:]
-runpy.run_path(sys.argv[0], run_name="__main__")
 '''
 
 
-@pytest.mark.parametrize("number, whom", [(signal.SIGKILL, 1), (signal.SIGINT, "torchrun")])
-def test_a_process_of_two_that_dies_ends_the_run(data, tmp_path, number, whom):
-    """With a message: torchrun's own, and none of ours but, at Ctrl-C, one on how to go on; nobody waits for the dead."""
-    (tmp_path / "signalled.py").write_text(SIGNALLED)
-    ended = spawn(*TORCHRUN, "signalled.py", int(number), whom, ROOT / "mvp.py", "--data", data, "--out", "o", "--steps", 500, "--batch_size", 8,
-                  cwd=tmp_path, timeout=60)
-    assert ended.code != 0 and "RESULT" not in ended.out
-    assert "SIGKILL" in ended.err if number == signal.SIGKILL else ended.err.count("stopped; to go on: torchrun ... ") == 1
-    assert "[rank" not in ended.err and not re.search(r"Error: .*(gloo|peer)", ended.err), ended.err            # no traceback from our files
-    assert sum(line.startswith("mvp.py: ") for line in ended.err.splitlines()) <= (whom == 1)                  # if torchrun leaves it the time
+def test_a_process_of_two_that_dies_ends_the_other(fork, data, tmp_path):
+    """In a sentence on how to go on, whatever torchrun would do; nobody waits for the dead."""
+    one, other = fork("mvp", "--data", data, "--out", "o", "--steps", 500, "--batch_size", 8, cwd=tmp_path, world=2,
+                      patch=f"RANK, NUMBER = '1', {int(signal.SIGKILL)}\n{SIGNALLED}")
+    assert other.code == -signal.SIGKILL and "RESULT" not in one.out and "another process has ended" in one_sentence(one)
+    assert re.search(r"go on with torchrun \.\.\. \S*mvp\.py .*--resume$", one.err.strip())
+
+
+def test_ctrl_c_of_torchrun(data, tmp_path):
+    """Ends both, with torchrun's own message and one of ours, on how to go on; no traceback from our files."""
+    (tmp_path / "signalled.py").write_text(f"RANK, NUMBER = '0', {int(signal.SIGINT)}\n{SIGNALLED}\nimport runpy, sys\n"
+                                           "signal.signal(signal.SIGINT, signal.default_int_handler)\nsys.argv = sys.argv[1:]\n"
+                                           "runpy.run_path(sys.argv[0], run_name='__main__')\n")
+    ended = spawn(*TORCHRUN, "signalled.py", ROOT / "mvp.py", "--data", data, "--out", "o", "--steps", 500, "--batch_size", 8, cwd=tmp_path, timeout=60)
+    assert ended.code != 0 and "RESULT" not in ended.out and ended.err.count("stopped; to go on: torchrun ... ") == 1
+    assert "[rank" not in ended.err and not re.search(r"Error: .*(gloo|peer)", ended.err) and not re.search("^mvp.py: ", ended.err, re.M), ended.err
 
 
 def test_a_mistake_of_two_processes_is_told_once(fork, data, tmp_path):
