@@ -143,7 +143,7 @@ def kth_largest(x, k):
         above, inside = int(torch.count_nonzero(x > high)), x[(x <= high) & (x >= low)]
         # It holds the k-th largest unless the sample was unlucky; then all are searched.
         if above < k <= above + len(inside):
-            return high if high == low else inside.kthvalue(len(inside) - (k - above) + 1).values
+            return inside.kthvalue(len(inside) - (k - above) + 1).values
     return x.kthvalue(n - k + 1).values
 
 

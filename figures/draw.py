@@ -271,7 +271,7 @@ def draw_score(plt, runs):
 
     See: with a third of the weights all are within a few points; at 3 % magnitude has fallen away, and those that learn what to keep hold."""
     table = share_of_dense(runs)
-    if not set(METHODS) <= set(table):                                  # then say which runs would make it whole
+    if not set(METHODS) <= set(table):                              # then say which runs would make it whole
         runs.first("magnitude", 1)
         for method in METHODS:
             runs.first(method)

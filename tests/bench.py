@@ -212,10 +212,11 @@ def flags():
 
 
 def main():
-    args = flags().parse_args()
+    p = flags()
+    args = p.parse_args()
     unknown = set(args.only.split(",")) - set(ROWS)
     if unknown:
-        flags().error(f"there is no row {', '.join(sorted(unknown))}: give some of {', '.join(ROWS)}")
+        p.error(f"there is no row {', '.join(sorted(unknown))}: give some of {', '.join(ROWS)}")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'}")
     for shape in args.shapes.split(","):
         table(shape, args)

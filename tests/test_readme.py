@@ -226,9 +226,9 @@ def results(name):
 
 
 def scores(name, method, task, v, metric):
-    """Of each seed, as a docstring shows them: to one decimal."""
+    """Of each seed."""
     rows = [r for r in results(name) if (r["method"], r["task"], r["sparsity"]) == (method, task, v)]
-    return [f"{float(dict(zip(r['scores'].split()[::2], r['scores'].split()[1::2]))[metric]):.1f}" for r in rows]
+    return [float(dict(zip(r["scores"].split()[::2], r["scores"].split()[1::2]))[metric]) for r in rows]
 
 
 def test_the_ladders_scores():
@@ -236,7 +236,7 @@ def test_the_ladders_scores():
     shown = re.findall(r"^\| `(\w+)\.py` \|(?:[^|]*\|){2} ([\d.]+) \| (\d+) \|", README.read_text(encoding="utf-8"), flags=re.M)
     assert [row[0] for row in shown] == ["magnitude", "mvp", "soft_mvp", "l0", "mgpp", "rpp"]
     for script, f1, seconds in shown:
-        exact = [float(r["scores"].split()[-1]) for r in results("embedded") if (r["method"], r["task"], r["sparsity"]) == (script, "squad", "0.03")]
+        exact = scores("embedded", script, "squad", "0.03", "F1")
         assert exact and f1 == f"{sum(exact) / len(exact):.1f}", script
         assert [seconds] == [r["seconds"] for r in results("default") if r["method"] == script], script
 
@@ -247,7 +247,7 @@ def test_the_docstrings_scores(script):
     said, seen = " ".join(importlib.import_module(script).__doc__.split("\nIdea")[0].split()), []
     for label, name, task, metric in (("Embedded squad, F1", "embedded", "squad", "F1"), ("SST-2 with a 6-layer MiniLM, accuracy", "sst2", "sst2", "acc")):
         for share, numbers in re.findall(r"([\d.]+) % ([\d., ]+)", said.partition(f"{label}: ")[2].partition("(")[0]):
-            assert numbers.strip().split(", ") == scores(name, script, task, f"{float(share) / 100:g}", metric), (label, share)
+            assert numbers.strip().split(", ") == [f"{x:.1f}" for x in scores(name, script, task, f"{float(share) / 100:g}", metric)], (label, share)
             seen.append((task, share))
     assert seen[:2] == [("squad", "3.00"), ("squad", "10.00")] and (script == "rpp" or seen[2:] == [("sst2", "3.00"), ("sst2", "10.00")]), seen
 
