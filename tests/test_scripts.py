@@ -907,37 +907,33 @@ def test_two_processes(trained, fork, data, dropout, script, tmp_path):
     assert same_bytes(tmp_path / "o", tmp_path / "p")
 
 
-# Sends a signal at the third step: to this process of two, or to torchrun itself.
-SIGNALLED = r'''
+# Sends torchrun a Ctrl-C at the third step.
+INTERRUPTED = r'''
 import os, runpy, signal, sys
 import common
 
-number, whom, log = int(sys.argv[1]), sys.argv[2], common.Run.log
+log = common.Run.log
 
 
-def signalled(self, step, *more):
+def interrupted(self, step, *more):
     log(self, step, *more)
-    if step == 3 and os.environ["RANK"] == ("0" if whom == "torchrun" else whom):
-        os.kill(os.getppid() if whom == "torchrun" else os.getpid(), number)
+    if step == 3 and os.environ["RANK"] == "0":
+        os.kill(os.getppid(), signal.SIGINT)
 
 
-common.Run.log = signalled
+common.Run.log = interrupted
 signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.argv = sys.argv[3:]
+sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 '''
 
 
-@pytest.mark.parametrize("number, whom", [(signal.SIGKILL, 1), (signal.SIGINT, "torchrun")])
-def test_a_process_of_two_that_dies_ends_the_run(data, tmp_path, number, whom):
-    """With a message: torchrun's own, and none of ours but, at Ctrl-C, one on how to go on; nobody waits for the dead."""
-    (tmp_path / "signalled.py").write_text(SIGNALLED)
-    ended = spawn(*TORCHRUN, "signalled.py", int(number), whom, ROOT / "mvp.py", "--data", data, "--out", "o", "--steps", 500, "--batch_size", 8,
-                  cwd=tmp_path, timeout=60)
-    assert ended.code != 0 and "RESULT" not in ended.out
-    assert "SIGKILL" in ended.err if number == signal.SIGKILL else ended.err.count("stopped; to go on: torchrun ... ") == 1
-    assert "[rank" not in ended.err and not re.search(r"Error: .*(gloo|peer)", ended.err), ended.err            # no traceback from our files
-    assert sum(line.startswith("mvp.py: ") for line in ended.err.splitlines()) <= (whom == 1)                  # if torchrun leaves it the time
+def test_ctrl_c_of_torchrun(data, tmp_path):
+    """Ends both, with torchrun's own message and one of ours, on how to go on; no traceback from our files."""
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
+    ended = spawn(*TORCHRUN, "interrupted.py", ROOT / "mvp.py", "--data", data, "--out", "o", "--steps", 500, "--batch_size", 8, cwd=tmp_path, timeout=60)
+    assert ended.code != 0 and "RESULT" not in ended.out and ended.err.count("stopped; to go on: torchrun ... ") == 1
+    assert "[rank" not in ended.err and not re.search(r"Error: .*(gloo|peer)", ended.err) and not re.search("^mvp.py: ", ended.err, re.M), ended.err
 
 
 def test_a_process_of_two_that_dies_ends_the_other(fork, data, tmp_path):
@@ -954,12 +950,22 @@ def test_a_mistake_of_two_processes_is_told_once(data, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
-def test_what_befalls_another_process_alone_is_told(data, tmp_path):
-    """As on a second machine that has not all the files, or a second GPU that is not there: rank 1 says it, and the run ends."""
-    (tmp_path / "alone.py").write_text("import os, runpy, sys\nimport common\nif os.environ['RANK'] == '1':\n    sys.argv += ['--device', 'cuda:7']\n"
-                                       "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n")
-    ended = spawn(*TORCHRUN, "alone.py", ROOT / "mvp.py", "--data", data, "--out", "o", "--steps", 2, cwd=tmp_path)
-    assert ended.code != 0 and sum(line.startswith("mvp.py: --device cuda:7") for line in ended.err.splitlines()) == 1, ended.err
+def test_what_befalls_another_process_alone_is_told(fork, data, tmp_path):
+    """As on a second machine that has not all the files, or a second GPU that is not there: rank 1 says it, after a while. Rank 0, which waits for
+    it, is ended by torchrun, here by its alarm."""
+    alone = """import os, signal, time
+import common
+time.sleep = int                # a while
+init = common.Run.__init__
+def other(self, script, args, hyper):
+    if os.environ["RANK"] == "1":
+        args.device = "cuda:7"
+    init(self, script, args, hyper)
+common.Run.__init__ = other
+signal.alarm(2 if os.environ["RANK"] == "0" else 60)"""
+    one, other = fork("mvp", "--data", data, "--out", "o", "--steps", 2, cwd=tmp_path, world=2, patch=alone)
+    assert one.code == -signal.SIGALRM and one.err == "" and "RESULT" not in one.out
+    assert other.out == "" and one_sentence(other).startswith("mvp.py: --device cuda:7")
 
 
 # ---- mistakes
