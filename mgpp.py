@@ -48,6 +48,8 @@ import torch
 from torch import nn
 # <method: imports>
 import math
+
+import numpy as np
 # </method>
 
 import common
@@ -131,20 +133,13 @@ def prior_gradient(w, lam, s0, s1):
 
 
 def kth_largest(x, k):
-    """The k-th largest element of a flat tensor, exactly, 1 <= k <= n.
-
-    A sample brackets it, so that only the few elements inside the bracket are searched; a full sort costs 20 times more."""
+    """The k-th largest element of a flat tensor, exactly, 1 <= k <= n: by selection. A full sort takes about 100 times as long."""
     n = x.numel()
-    if n > 30_000:
-        # A bracket [low, high] from every n^(1/3)-th element (an odd number: not column by column), four standard deviations to each side.
-        sample = x[::int(n ** (1 / 3)) | 1].sort(descending=True).values
-        at, slack = k / n * len(sample), 4 * (k / n * (1 - k / n) * len(sample)) ** 0.5 + 2
-        high, low = sample[max(int(at - slack), 0)], sample[min(int(at + slack), len(sample) - 1)]
-        above, inside = int(torch.count_nonzero(x > high)), x[(x <= high) & (x >= low)]
-        # It holds the k-th largest unless the sample was unlucky; then all are searched.
-        if above < k <= above + len(inside):
-            return inside.kthvalue(len(inside) - (k - above) + 1).values
-    return x.kthvalue(n - k + 1).values
+    if x.device.type == "cpu":
+        # numpy selects with vector instructions, torch without
+        return x.new_tensor(np.partition(x.detach().numpy(), n - k)[n - k])
+    # On a GPU topk selects with all of the chip, and kthvalue with one block of threads; of the smaller side.
+    return x.topk(k, sorted=False).values.min() if 2 * k <= n else x.topk(n - k + 1, largest=False, sorted=False).values.max()
 
 
 def top_v(scores, v):

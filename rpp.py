@@ -45,7 +45,7 @@ Run        python rpp.py                                                        
 import torch
 from torch import nn
 # <method: imports>
-# torch alone
+import numpy as np
 # </method>
 
 import common
@@ -107,8 +107,9 @@ def largest_to_go(matrices, v):
     """The value at or below which elements (>= 0) are zeroed so that round(v n), at least 1, of all in the matrices stay; 0.0 if all may."""
     x = torch.cat([m.flatten() for m in matrices])                  # (n,)
     rank = x.numel() - max(1, round(v * x.numel()))                 # so many go
-    # one order statistic: a CPU selects it faster than it sorts all, a GPU sorts faster than it selects
-    return (x.sort().values[rank - 1] if x.is_cuda else x.kthvalue(rank).values).item() if rank else 0.0
+    if rank and x.device.type == "cpu":
+        return float(np.partition(x.detach().numpy(), rank - 1)[rank - 1])          # numpy selects with vector instructions, torch without
+    return x.topk(rank, largest=False, sorted=False).values.max().item() if rank else 0.0
 
 
 def prox(a, threshold):
@@ -153,8 +154,7 @@ def pretrain(run, task, folder):
 
     for step in range(done, steps):
         run.seed_step(step)
-        lr = peak * common.lr_factor(step, steps, hyper["warmup"])
-        optimizer.param_groups[0]["lr"] = lr
+        lr = optimizer.param_groups[0]["lr"] = peak * common.lr_factor(step, steps, hyper["warmup"])
         with run.autocast():
             loss = net(**text.batch(step))[0]                       # f0: no penalty in it, so none in Adam's moments
         optimizer.zero_grad()

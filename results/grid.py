@@ -2,10 +2,11 @@
 
 Run        python results/grid.py embedded                                           mini/: squad, mnli, qqp; all methods; CPU
            python results/grid.py default --jobs 1                                   each script as it is, alone on the machine: its time
-           python results/grid.py sst2 --model FOLDER --data DIR                     a real small BERT on the whole of SST-2
+           python results/grid.py sst2 --model FOLDER --data DIR --corpus FILE       a real small BERT on the whole of SST-2, CPU
+           python results/grid.py paper --corpus FILE --jobs 1                       BERT-base as in the papers: needs a GPU; never run yet
            python results/grid.py embedded --only l0,mgpp --jobs 1                   some of the methods
 
-rpp.py needs a text to pre-train on: mini/ has one, for sst2 give --corpus FILE, or it is left out.
+rpp.py needs a text to pre-train on: mini/ has one, for the other grids give --corpus FILE, or it is left out.
 
 Stopped, it goes on where it was: a finished run (result.json) is not run again, an unfinished one is resumed. After each run results/NAME.tsv
 and the table of its means, results/NAME.md, are written anew: the finished runs, and the file's own rows of runs whose folders are not
@@ -25,17 +26,22 @@ OTHERS = {"mvp_global": ["mvp.py", "--scope", "global"], "mvp_kd": ["mvp.py"], "
 COLUMNS = [*METHODS, *OTHERS]
 WRITING = threading.Lock()
 # grid: [(task, share kept, seeds, methods)]
-DENSE = ["magnitude"]                   # at 1
+DENSE, KD = ["magnitude"], ["mvp_kd", "soft_mvp_kd"]                # dense: at 1
 GRIDS = {"embedded": [("squad", 1, [0, 1, 2], DENSE), ("squad", 0.1, [0, 1, 2], METHODS), ("squad", 0.03, [0, 1, 2], METHODS),
                       ("squad", 0.1, [0, 1, 2], ["mvp_global"]), ("squad", 0.03, [0, 1, 2], ["mvp_global"]),
-                      ("squad", 0.1, [0, 1], ["nip"]), ("squad", 0.03, [0, 1], ["mvp_kd", "soft_mvp_kd"]),
+                      ("squad", 0.1, [0, 1], ["nip"]), ("squad", 0.03, [0, 1], KD),
                       ("mnli", 1, [0], DENSE), ("mnli", 0.03, [0], METHODS), ("qqp", 1, [0], DENSE), ("qqp", 0.03, [0], METHODS),
                       ("squad", 0.4, [0, 1, 2], ["rpp"]), ("mnli", 0.4, [0], ["rpp"]), ("qqp", 0.4, [0], ["rpp"])],
          "default": [("squad", 0.03, [0], METHODS)],                # what `python SCRIPT` does: for its time, on an idle machine
-         "sst2": [("sst2", 1, [0, 1], DENSE), ("sst2", 0.1, [0, 1], METHODS), ("sst2", 0.03, [0, 1], METHODS),
-                  ("sst2", 0.1, [0], ["mvp_kd", "soft_mvp_kd"]), ("sst2", 0.03, [0], ["mvp_kd", "soft_mvp_kd"])]}
+         "sst2": [("sst2", 1, [0, 1, 2], DENSE), ("sst2", 0.1, [0, 1, 2], METHODS + KD), ("sst2", 0.03, [0, 1, 2], METHODS + KD),
+                  ("cola", 0.1, [0], ["rpp"]), ("cola", 0.03, [0], ["rpp"])],
+         "paper": [run for task in ("sst2", "squad")
+                   for run in ((task, 1, [0, 1, 2], DENSE), (task, 0.1, [0, 1, 2], METHODS + KD), (task, 0.03, [0, 1, 2], METHODS + KD))]}
+# rpp: whose run pre-trains; its support serves the grid's other tasks. On real text cola's, the smallest task, for it hangs on none.
+SUPPORT = {"embedded": "squad", "sst2": "cola", "paper": "sst2"}
 PRETRAIN = {0.4: 4000, 0.1: 2000, 0.03: 2000}                       # rpp, nip, embedded: more steps of pre-training than three minutes have
-FLAGS = {"embedded": "--preset mini --device cpu", "default": "--preset mini --device cpu", "sst2": "--preset paper --steps 1200 --lr 3e-5 --device cpu"}
+FLAGS = {"embedded": "--preset mini --device cpu", "default": "--preset mini --device cpu", "paper": "--preset paper --device cuda",
+         "sst2": "--preset paper --steps 1200 --lr 3e-5 --device cpu", "cola": "--preset paper --steps 600 --batch_size 16 --lr 3e-4 --device cpu"}
 
 
 def runs(grid):
@@ -45,16 +51,17 @@ def runs(grid):
 
 def command(args, run):
     method, task, v, seed = run
-    words = [*OTHERS.get(method, [f"{method}.py"]), "--task", task, "--sparsity", f"{v:g}", "--seed", str(seed), *FLAGS[args.grid].split()]
+    words = [*OTHERS.get(method, [f"{method}.py"]), "--task", task, "--sparsity", f"{v:g}", "--seed", str(seed)]
+    words += FLAGS["cola" if task == "cola" else args.grid].split()
     for flag in ("model", "data"):
         words += [f"--{flag}", getattr(args, flag)] if getattr(args, flag) else []
-    if method in ("rpp", "nip") and args.corpus:
-        words += ["--corpus", args.corpus]
-    first = (method, "squad", v, 0 if v == 0.4 else seed)           # rpp: one support serves every task, and at 40 % every seed
-    if method == "rpp" and args.grid == "embedded" and run != first:
+    # One support serves all seeds, but at 10 and 3 % of the embedded world.
+    first = (method, SUPPORT.get(args.grid), v, seed if args.grid == "embedded" and v != 0.4 else 0)
+    if method == "rpp" and args.grid in SUPPORT and run != first:
         words += ["--support", str(folder(args, first))]
-    elif method in ("rpp", "nip") and args.grid == "embedded" and v in PRETRAIN:
-        words += ["--pretrain_steps", str(PRETRAIN[v])]
+    elif method in ("rpp", "nip"):
+        words += ["--corpus", args.corpus] if args.corpus else []
+        words += ["--pretrain_steps", str(PRETRAIN[v])] if args.grid == "embedded" and v in PRETRAIN else []
     if method.endswith("_kd"):
         words += ["--teacher", str(folder(args, ("magnitude", task, 1, seed)))]
     return words
@@ -127,7 +134,7 @@ def write(args):
     tsv(args).write_text("\n".join("\t".join(row) for row in [head, *rows]) + "\n")
     columns = [m for m in COLUMNS if m in METHODS or any(m == of for *_, of in cells)]
     lines = ["| task, kept | " + " | ".join(["dense", *columns]) + " |", "|---" * (len(columns) + 2) + "|"]
-    for task, v in dict.fromkeys((task, v) for task, v, *_ in GRIDS[args.grid] if v < 1):
+    for task, v in dict.fromkeys((task, v) for task, v, *_ in GRIDS[args.grid] if v < 1 and task != "cola"):
         line = []
         for key in [(task, 1, "magnitude"), *((task, v, m) for m in columns)]:
             got = np.array(cells.get(key, []))                      # (seeds, metrics)
@@ -153,7 +160,7 @@ def flags():
 def main():
     args = flags().parse_args()
     chosen = [r for r in runs(args.grid) if r[0] in args.only.split(",") and args.where in folder(args, r).name]
-    chosen = [r for r in chosen if r[0] not in ("rpp", "nip") or args.corpus or args.grid != "sst2"]
+    chosen = [r for r in chosen if r[0] not in ("rpp", "nip") or args.corpus or args.grid in ("embedded", "default")]
     with ThreadPoolExecutor(args.jobs) as pool:
         for later in (False, True):                                 # when the runs that they start from are finished
             list(pool.map(lambda run: execute(args, run), [r for r in chosen if starts_from_another(args, r) == later]))

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ["--steps", "12", "--batch_size", "8"]
@@ -15,6 +16,12 @@ SHORT = ["--steps", "12", "--batch_size", "8"]
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false",
        **{f"{kind}_proxy": "http://127.0.0.1:9" for kind in ("http", "https")}}
 Ended = collections.namedtuple("Ended", "code out err")
+
+
+class OnGPU(torch.Tensor):
+    """A CPU tensor that says it is on a GPU: what is written for one runs here, on torch's own operations."""
+    device = property(lambda self: torch.device("cuda"))
+    is_cuda = True
 
 
 # ---- running

@@ -26,8 +26,10 @@ def test_every_command_parses(name, tmp_path):
         assert script == {"nip": "rpp.py", "mvp_global": "mvp.py"}.get(run[0], run[0].removesuffix("_kd") + ".py")
         assert getattr(parsed, "nip", False) == (run[0] == "nip") and (getattr(parsed, "scope", None) == "global") == (run[0] == "mvp_global")
         assert bool(parsed.teacher) == run[0].endswith("_kd")
-        if script == "rpp.py" and name == "sst2":                                  # no run of that grid leaves a support for another
-            assert parsed.corpus == "C" and not parsed.support
+        if script == "rpp.py" and name in ("sst2", "paper"):                       # one support a share kept, for all seeds and tasks
+            first = ("rpp", {"sst2": "cola", "paper": "sst2"}[name], run[2], 0)
+            assert (parsed.corpus, parsed.support) == (("C", None) if run == first else (None, str(grid.folder(args, first))))
+            assert first in grid.runs(name)
         seen.add(grid.folder(args, run))
     assert len(seen) == len(grid.runs(name))                                       # a folder each
 
@@ -44,6 +46,15 @@ def test_the_embedded_grid_is_what_was_asked_for():
     others = {(m, s): v for m, _, v, s in runs if m not in plain and m != "mvp_global"}
     assert others == {("nip", 0): 0.1, ("nip", 1): 0.1} | {(m, s): 0.03 for m in ("mvp_kd", "soft_mvp_kd") for s in (0, 1)}
     assert [r[3] for r in runs] == sorted(r[3] for r in runs)                      # one seed of everything first
+
+
+@pytest.mark.parametrize("name", ["sst2", "paper"])
+def test_the_real_grids_are_what_was_asked_for(name):
+    """Dense, and six methods at 10 % and 3 %, with and without a teacher for mvp and soft_mvp, three seeds each."""
+    tasks = {"sst2": ("sst2",), "paper": ("sst2", "squad")}[name]
+    wanted = {(m, task, v, s) for task in tasks for v in (0.1, 0.03) for s in (0, 1, 2) for m in [*grid.METHODS, "mvp_kd", "soft_mvp_kd"]}
+    wanted |= {("magnitude", task, 1, s) for task in tasks for s in (0, 1, 2)}
+    assert {run for run in grid.runs(name) if run[1] != "cola"} == wanted
 
 
 def test_rpp_and_its_baseline_have_the_same_budget():

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from conftest import OnGPU
+
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = {name: importlib.import_module(name) for name in ("magnitude", "mvp", "soft_mvp", "l0", "rpp", "mgpp")
            if (ROOT / f"{name}.py").exists()}
@@ -183,7 +185,7 @@ def test_top_v_of_other_shapes(module):
     assert module.top_v(torch.zeros(1, 1), 0.5).all()
 
 
-N = 40_001                                                                         # above the size at which kth_largest samples
+N = 40_001
 rng = np.random.default_rng(5)
 LARGE = {
     "normal": rng.normal(size=N),
@@ -194,7 +196,7 @@ LARGE = {
     "half zeros": np.where(rng.random(N) < 0.5, 0.0, rng.normal(size=N)),
     "three values": rng.integers(-1, 2, size=N),
     "two values, one rare": (rng.random(N) < 1e-4),
-    "periodic": np.arange(N) % 35,                                                 # a stride of the sample: it sees one value only
+    "periodic": np.arange(N) % 35,
     "one far out": np.where(np.arange(N) == 7_777, 1e30, 0.0),
     "infinite": np.where(rng.random(N) < 0.3, np.where(rng.random(N) < 0.5, np.inf, -np.inf), rng.normal(size=N)),
     "negative": -rng.random(N) - 5,
@@ -203,23 +205,25 @@ LARGE = {
 }
 
 
+@pytest.mark.parametrize("place", [torch.Tensor, OnGPU])
 @pytest.mark.parametrize("module", having("kth_largest"))
 @pytest.mark.parametrize("name", LARGE)
-def test_kth_largest_of_many(module, name):
+def test_kth_largest_of_many(module, name, place):
     x = LARGE[name].astype(np.float32)
     falling = np.sort(x)[::-1]
     for k in (1, 2, 15, int(0.005 * N), round(0.03 * N), round(0.1 * N), N // 2, round(0.9 * N), N - 1, N):
-        got = module.kth_largest(torch.tensor(x), k)
+        got = module.kth_largest(torch.tensor(x).as_subclass(place), k)
         assert got.numel() == 1 and float(got) == falling[k - 1], (name, k)
 
 
 @pytest.mark.parametrize("module", having("kth_largest"))
-@pytest.mark.parametrize("n", [1, 2, 100, 29_999, 30_000, 30_001, 131_072])
-def test_kth_largest_of_any_size(module, n):
+@pytest.mark.parametrize("place", [torch.Tensor, OnGPU])
+@pytest.mark.parametrize("n", [1, 2, 3, 100, 30_001, 131_072])
+def test_kth_largest_of_any_size(module, n, place):
     x = np.random.default_rng(n).normal(size=n).astype(np.float32)
     falling = np.sort(x)[::-1]
-    for k in {1, max(1, n // 33), max(1, n // 2), n}:
-        assert float(module.kth_largest(torch.tensor(x), k)) == falling[k - 1], k
+    for k in {1, max(1, n // 33), max(1, n // 2), n // 2 + 1, n}:
+        assert float(module.kth_largest(torch.tensor(x).as_subclass(place), k)) == falling[k - 1], k
 
 
 @pytest.mark.parametrize("module", having("top_v"))

@@ -15,7 +15,7 @@ import transformers
 import common
 import tasks
 import rpp
-from conftest import ROOT
+from conftest import ROOT, OnGPU
 from test_scripts import logged, nonzero, one_sentence, same_bytes, tree, weights_of
 
 SHORT = ["--steps", "6", "--batch_size", "4"]
@@ -68,6 +68,15 @@ def test_reweight(p):
     assert alpha[0, 0] == alpha[0, 1] == alpha.max() and alpha[0, 3] == alpha[1, 0] and alpha[1, 1] < 1 / 2 ** p + 1e-9
     if p == 1:
         np.testing.assert_allclose((alpha * np.abs(w))[w != 0], [0.5, 1, 1, 1, 1, 1], atol=1e-6)     # a count of weights; 1e-9 is as small as eps
+
+
+@pytest.mark.parametrize("place", [torch.Tensor, OnGPU])
+@pytest.mark.parametrize("v", [1e-9, 0.003, 0.1, 0.5, 0.97, 1.0])
+def test_largest_to_go(v, place):
+    xs = [np.random.default_rng(6).integers(0, 5000, size=s) / 1000 for s in ((40, 50), (7, 7))]
+    rising = np.sort(np.concatenate([x.flatten() for x in xs]))
+    go = len(rising) - max(1, round(v * len(rising)))
+    assert rpp.largest_to_go([torch.tensor(x).as_subclass(place) for x in xs], v) == (rising[go - 1] if go else 0)
 
 
 @pytest.mark.parametrize("v", [1e-9, 0.003, 0.1, 0.5, 0.97, 1.0])
