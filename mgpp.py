@@ -133,7 +133,7 @@ def prior_gradient(w, lam, s0, s1):
 
 
 def kth_largest(x, k):
-    """The k-th largest element of a flat tensor, exactly, 1 <= k <= n: by selection. A full sort takes about 100 times as long."""
+    """The k-th largest element of a flat tensor, exactly, 1 <= k <= n: by selection (what a full sort would cost: tests/bench.py)."""
     n = x.numel()
     if x.device.type == "cpu":
         # numpy selects with vector instructions, torch without

@@ -99,7 +99,7 @@ def schedule(step, steps, v, t_i, t_f):
 
 
 def kth_largest(x, k):
-    """The k-th largest element of a flat tensor, exactly, 1 <= k <= n: by selection. A full sort takes about 100 times as long."""
+    """The k-th largest element of a flat tensor, exactly, 1 <= k <= n: by selection (what a full sort would cost: tests/bench.py)."""
     n = x.numel()
     if x.device.type == "cpu":
         # numpy selects with vector instructions, torch without
