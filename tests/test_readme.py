@@ -268,6 +268,20 @@ def test_the_tables_are_those_of_the_runs(name, tmp_path):
         assert (tmp_path / f"{name}.{kind}").read_text() == (ROOT / f"results/{name}.{kind}").read_text()
 
 
+def test_the_shares_of_the_dense_score():
+    """Ours are means over the results' seeds by those of the dense runs, the papers' the numbers of README's own table of them."""
+    text, six = README.read_text(encoding="utf-8"), ["magnitude", "mvp", "soft_mvp", "l0", "mgpp", "rpp"]
+    cells = lambda start: [c.strip() for c in next(line for line in text.splitlines() if line.startswith(f"| {start} |")).split("|")[2:-1]]
+    assert cells("of the dense score, %") == six and cells("the papers, BERT-base, SQuAD F1")[:6] == ["dense", *six[:4], "rpp"]
+    for v in ("0.1", "0.03"):
+        for label, name, task, metric in (("embedded squad, F1", "embedded", "squad", "F1"), ("SST-2, accuracy", "sst2", "sst2", "acc")):
+            dense, *ours = (scores(name, *of, metric) for of in [("magnitude", task, "1"), *((m, task, v) for m in six)])
+            assert all(len(x) == len(dense) == 3 for x in ours)
+            assert cells(f"{label}, {100 * float(v):g} %") == [f"{100 * sum(x) / sum(dense):.0f}" for x in ours]
+        dense, *theirs = cells(f"{100 * float(v):g} %")
+        assert cells(f"the papers, SQuAD F1, {100 * float(v):g} %") == [x and f"{100 * float(x) / float(dense):.0f}" for x in [*theirs[:4], "", theirs[4]]]
+
+
 def test_it_opens_with_the_set_up():
     """Both set-up commands of CONTRACT.md, to the letter, in a code block within the first 40 lines."""
     opening = [line.strip().removeprefix("$ ").split("#")[0].strip() for n, line in blocks(README.read_text(encoding="utf-8")) if n <= 40]
