@@ -204,13 +204,13 @@ def table(shape, args):
             print(f"| {row} | {1000 * np.median(ms):.0f}{beside} | {cell} | {memory[row]:.2f} | {memory[row] / memory[base]:.2f} | {1000 * alone['evaluation'][0]:.1f} |", flush=True)
 
 
-def bandwidth(device):
-    """GB/s of c = a * b, fp32, n as in BERT-base: two vectors are read and one is written. The median of ten."""
+def bandwidth(device, new):
+    """GB/s of c = a * b, fp32, n as in BERT-base: two vectors are read and one is written, new or there before. The median of ten."""
     a, b, c = (torch.ones(84_934_656, device=device) for _ in range(3))
     seconds = []
     for _ in range(11):
         begun = time.perf_counter()
-        torch.mul(a, b, out=c)
+        torch.mul(a, b, out=None if new else c)
         torch.cuda.synchronize() if c.is_cuda else None
         seconds.append(time.perf_counter() - begun)
     return 3 * 4 * c.numel() / 1e9 / np.median(seconds[1:])
@@ -234,7 +234,8 @@ def main():
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'}")
     for shape in args.shapes.split(","):
         table(shape, args)
-    print(f"\n{bandwidth(args.device):.0f} GB/s")                  # last: on Linux a child's peak of memory starts at its parent's size
+    # last: on Linux a child's peak of memory starts at its parent's size
+    print(f"\n{bandwidth(args.device, new=False):.0f} GB/s, {bandwidth(args.device, new=True):.0f} into new memory")
 
 
 if __name__ == "__main__":
