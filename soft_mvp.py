@@ -142,13 +142,13 @@ def update_masks(masked, scores, v):
     if v == 1:
         return [m.mask.fill_(1.0) for m in masked]
     ranked, cuts = torch.cat([s.flatten() for s in scores]), [s.numel() for s in scores]           # (n,): all scores in one row
-    raised, short = set(), True
+    parts, raised, short = ranked.split(cuts), set(), True          # parts: views of the row, a matrix each
     while short:
         masks = top_v(ranked, v).split(cuts)
         kept = torch.stack([torch.count_nonzero(mask) for mask in masks]).tolist()
         short = {i for i, s in enumerate(scores) if kept[i] < floor(s)} - raised
         for i in short:
-            part = ranked.split(cuts)[i]                            # its floor ranks before all others; then all are ranked again
+            part = parts[i]                                         # its floor ranks before all others; then all are ranked again
             part.masked_fill_(top_v(part, min(v, floor(part) / len(part))), torch.inf)
         raised |= short
     for m, mask in zip(masked, masks):

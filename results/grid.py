@@ -27,16 +27,15 @@ COLUMNS = [*METHODS, *OTHERS]
 WRITING = threading.Lock()
 # grid: [(task, share kept, seeds, methods)]
 DENSE, KD = ["magnitude"], ["mvp_kd", "soft_mvp_kd"]                # dense: at 1
+whole = lambda task: [(task, 1, [0, 1, 2], DENSE), (task, 0.1, [0, 1, 2], METHODS + KD), (task, 0.03, [0, 1, 2], METHODS + KD)]
 GRIDS = {"embedded": [("squad", 1, [0, 1, 2], DENSE), ("squad", 0.1, [0, 1, 2], METHODS), ("squad", 0.03, [0, 1, 2], METHODS),
                       ("squad", 0.1, [0, 1, 2], ["mvp_global"]), ("squad", 0.03, [0, 1, 2], ["mvp_global"]),
                       ("squad", 0.1, [0, 1], ["nip"]), ("squad", 0.03, [0, 1], KD),
                       ("mnli", 1, [0], DENSE), ("mnli", 0.03, [0], METHODS), ("qqp", 1, [0], DENSE), ("qqp", 0.03, [0], METHODS),
                       ("squad", 0.4, [0, 1, 2], ["rpp"]), ("mnli", 0.4, [0], ["rpp"]), ("qqp", 0.4, [0], ["rpp"])],
          "default": [("squad", 0.03, [0], METHODS)],                # what `python SCRIPT` does: for its time, on an idle machine
-         "sst2": [("sst2", 1, [0, 1, 2], DENSE), ("sst2", 0.1, [0, 1, 2], METHODS + KD), ("sst2", 0.03, [0, 1, 2], METHODS + KD),
-                  ("cola", 0.1, [0], ["rpp"]), ("cola", 0.03, [0], ["rpp"])],
-         "paper": [run for task in ("sst2", "squad")
-                   for run in ((task, 1, [0, 1, 2], DENSE), (task, 0.1, [0, 1, 2], METHODS + KD), (task, 0.03, [0, 1, 2], METHODS + KD))]}
+         "sst2": [*whole("sst2"), ("cola", 0.1, [0], ["rpp"]), ("cola", 0.03, [0], ["rpp"])],
+         "paper": [*whole("sst2"), *whole("squad")]}
 # rpp: whose run pre-trains; its support serves the grid's other tasks. On real text cola's, the smallest task, for it hangs on none.
 SUPPORT = {"embedded": "squad", "sst2": "cola", "paper": "sst2"}
 PRETRAIN = {0.4: 4000, 0.1: 2000, 0.03: 2000}                       # rpp, nip, embedded: more steps of pre-training than three minutes have

@@ -11,8 +11,8 @@ Time     The main() of the method's script and that of a dense run (mgpp.py --sp
          (pairs of 96 tokens in both shapes).
          full sort is the yardstick: magnitude.py with a full sort of each matrix, as in the official code of movement pruning (which
          does that once for each forward pass, we once for each step).
-GB/s     Below the tables: what the machine moves when it multiplies two vectors as long as BERT-base has prunable weights. Masks, scores
-         and their Adam are passes of this kind, 0.34 GB each.
+GB/s     Below the tables: what the machine moves when it multiplies two vectors as long as BERT-base has prunable weights, into memory at
+         hand and into new. Masks, scores and their Adam are passes of this kind, 0.34 GB each.
 Memory   The peak of a process that runs the method alone: resident on a CPU, torch's allocator on CUDA. Evaluation: ms a question, there,
          after the bake: the same plain BERT in every row.
 """

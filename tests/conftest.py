@@ -21,7 +21,6 @@ Ended = collections.namedtuple("Ended", "code out err")
 class OnGPU(torch.Tensor):
     """A CPU tensor that says it is on a GPU: what is written for one runs here, on torch's own operations."""
     device = property(lambda self: torch.device("cuda"))
-    is_cuda = True
 
 
 # ---- running
