@@ -1,397 +1,458 @@
-"""Data and BERT loading for the six scripts: what dense fine-tuning needs too. Of a method there is RPP's loading of pre-trained models alone.
+"""Data loading and BERT loading for the six scripts; methods and training are in the scripts.
 
-In order: the run (preset, processes, seed, log, checkpoint) · the task (features, batches, evaluation) · BERT (load, prunable,
-loss) · the report. Mistakes, flags and exit, files, metrics and text for pre-training are in tasks.py.
+In order: the tasks and their files · features · metrics · a task's data · BERT.
+A user's mistake (a file that is absent, a row that is cut short, a folder without a BERT) ends in
+SystemExit with one sentence that says what to do.
 """
-import _thread, bisect, functools, json, math, os, platform, signal, sys, threading, time, warnings
+import collections
+import json
+import math
+import re
+import string
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoTokenizer, BertForPreTraining
-
-from tasks import (MINI, TASKS, Corpus, Mistake, Parser, PreTraining, best_spans, blame, demand, fetch, folder_whole, glue_metrics, launch,
-                   lock, number, read_squad, read_tsv, squad_metrics, write_whole)
+from transformers import (
+    AutoConfig,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 
-# ---- the run: preset, device, processes, seed, log, checkpoint
+# ---- the tasks and their files
 
-def interrupt(number, frame):
-    """Ctrl-C, but never within a __del__, where Python would print and drop it: then it comes a moment later."""
-    while frame and frame.f_code.co_name != "__del__":
-        frame = frame.f_back
-    if frame is None:
-        raise KeyboardInterrupt
-    threading.Timer(0.01, _thread.interrupt_main).start()
+MINI = Path(__file__).resolve().parent / "mini"
+SQUAD_URL = "https://rajpurkar.github.io/SQuAD-explorer/dataset/"
+SQUAD_SHA256 = {
+    "train-v1.1.json": "3527663986b8295af4f7fcdff1ba1ff3f72d07d61a20f487cb238a6ef92fd955",
+    "dev-v1.1.json": "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9",
+}
+GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
+SAME = ["0", "1"]
+NLI = ["entailment", "neutral", "contradiction"]
+ENTAILS = ["entailment", "not_entailment"]
 
-
-class Run:
-    """One run of one script, in all that is no part of the method. Raises Mistake.
-
-    script: its __file__. args: its flags. hyper: {preset: {task or "*": {name: value}}}, for flags left at None and for constants."""
-    def __init__(self, script, args, hyper):
-        signal.signal(signal.SIGINT, interrupt) if threading.current_thread() is threading.main_thread() else None
-        self.method, self.args, cuda = Path(script).stem, args, torch.cuda.is_available()
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        why = "as asked" if args.preset else "CUDA is here" if cuda else "no CUDA here"
-        args.preset = args.preset or ("paper" if cuda else "mini")
-        self.flags = {key: value for key, value in vars(args).items() if key != "resume"}
-        for key, value in (hyper[args.preset]["*"] | hyper[args.preset].get(args.task, {})).items():
-            setattr(args, key, value if getattr(args, key, None) is None else getattr(args, key))
-        args.model = args.model or (str(MINI / "bert") if args.preset == "mini" else "bert-base-uncased")
-        self.data = Path(args.data or (MINI if args.preset == "mini" else "data"))
-        self.out = Path(args.out or f"out/{self.method}-{args.task}-{args.sparsity:g}-s{args.seed}")
-        demand(args.batch_size % self.world == 0, f"--batch_size {args.batch_size} cannot be split over {self.world} processes: give a multiple")
-        with blame(Exception, f"--device {args.device or 'cuda'} is not to be had ({{}}): give cpu or cuda{', or start fewer processes' * (self.world > 1)}"):
-            self.device = torch.device(args.device or ("cuda" if cuda else "cpu"))
-            if self.device.type == "cuda" and self.world > 1:
-                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-                torch.cuda.set_device(self.device)          # nccl's barriers too shall be on it
-            torch.zeros(1, device=self.device).item()
-        if self.world > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        # bf16 where the hardware multiplies in it; but the mini preset on a CPU is fp32, alike on every machine
-        self.bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if self.device.type == "cuda" else
-                     args.preset == "paper" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
-        free = next((f" if --{flag} finds so many" for flag in ("penalty", "gamma") if getattr(args, flag, None)), "")
-        self.say(f"{self.method} {args.task}: {keeps(args.sparsity)} of the encoder's weights{free} | preset {args.preset} ({why}) | "
-                 f"{self.device}{' bf16' * self.bf16}{f' x {self.world}' * (self.world > 1)} | seed {args.seed}")
-        if 0.5 < args.sparsity < 1:
-            self.say(f"--sparsity is the share KEPT: {args.sparsity:g} keeps {args.sparsity:.0%}; did you mean {1 - args.sparsity:g}?")
-        self.check_out()
-        self.before, self.started, self.next_log, self.phase, self.every, self.extra = 0.0, time.time(), 0.0, None, None, {}
-        torch.manual_seed(args.seed % 2 ** 63)
-
-    def check_out(self):
-        """--out must be new, or a run of ours (log.jsonl, whose first line is its flags), on --resume one with these flags; writes nothing."""
-        args, out, log = self.args, self.out, self.out / "log.jsonl"
-        with blame(Exception, f"--out {out} cannot be used ({{}}): give a new folder, or one with a run of ours, that can be written"):
-            str(out).encode()                       # safetensors writes to no name that is not UTF-8
-            held = set(os.listdir(out) if out.exists() else []) - {"log.jsonl.part"}
-            for flag in ("model", "teacher", "support"):
-                same = getattr(args, flag, None) and Path(getattr(args, flag)).resolve() in (out.resolve(), out.resolve() / "support")
-                demand(not same, f"--out {out} is the --{flag} folder and would overwrite it: give another")
-            demand("log.jsonl" in held or not args.resume, f"--resume: {out} holds no run: give its --out, or leave --resume out")
-            demand("log.jsonl" in held or not held, f"--out {out} holds files that are no run of ours: give a new folder")
-            demand(os.access(next(p for p in (out, *out.absolute().parents) if p.exists()), os.W_OK), f"--out {out} may not be written: give another")
-            ran = json.loads(log.read_text().partition("\n")[0])["args"].items() if "log.jsonl" in held else ()
-            for key, was in ran if args.resume else ():
-                same = key == "out" or was == self.flags.get(key)           # --out may be written in another way
-                demand(same, f"--resume: {out} ran with --{key} {was}, not {self.flags.get(key)}: give the same flags")
-            if args.resume and "result.json" in held:
-                line = json.loads((out / "result.json").read_text())["line"]
-                self.say(f"this run is finished:\n{line}")
-                sys.exit(3 if "MISSED" in line else 0)
-        self.barrier()
-
-    def say(self, text):
-        print(text, flush=True) if self.rank == 0 else None
-
-    def barrier(self):
-        dist.barrier() if self.world > 1 else None
-
-    def seconds(self):
-        return self.before + time.time() - self.started
-
-    def ms_per_step(self):
-        return 1000 * float(np.median(np.diff(self.ends)[-1000:])) if len(self.ends) > 1 else 0.0
-
-    def seed_step(self, step):
-        """Dropout depends on (seed, step, rank) alone: a resumed run draws what the run never stopped would have drawn."""
-        torch.manual_seed(((self.args.seed * 1_000_003 + step) * self.world + self.rank) % 2 ** 63)
-
-    def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-
-    def parallel(self, model):
-        """The model to call in training: under torchrun, DistributedDataParallel's, which averages the gradients."""
-        warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)         # its new name is not known to torch 2.11
-        return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if self.world > 1 else model
-
-    def log(self, step, loss, penalty, kept, goal, lr):
-        """One line every ten seconds and at the last step. kept: a function, called only for a line. goal: a share, or None."""
-        self.ends.append(time.time())
-        self.losses += [] if self.rank else [loss.detach()]             # of this process's part of the batch
-        if self.rank or (self.seconds() < self.next_log and step < self.steps):
-            return
-        row = dict(phase=self.phase, step=step, loss=torch.stack(self.losses).float().mean().item(), penalty=float(torch.as_tensor(penalty).detach()),
-                   kept=kept(), goal=goal, lr=lr, ms=self.ms_per_step(), seconds=self.seconds())
-        left, self.losses, self.next_log = (self.steps - step) * row["ms"] / 1000, [], self.seconds() + 10
-        self.say(f"step {step:05d}/{self.steps:05d}  loss {row['loss']:.4f}  penalty {row['penalty']:.4f}  kept {row['kept']:.2%} "
-                 f"({'no goal' if goal is None else f'goal {goal:.2%}'})  lr {lr:.1e}  {row['ms']:.0f} ms  "
-                 f"eta {f'{left / 60:.0f}m' if left > 90 else f'{left:.0f}s'}")
-        with open(self.out / "log.jsonl", "a") as f:
-            f.write(json.dumps(row) + "\n")
-        demand(math.isfinite(row["loss"]), f"the loss is {row['loss']} at step {step}: give a smaller --lr")
-
-    def checkpoint(self, step, **parts):
-        """Write what a resumed run needs, at most once in 60 times what a write takes: under 2 % of the run."""
-        if self.rank or self.seconds() < self.next_write or step == self.steps:
-            return
-        begun, parts = time.time(), {k: p if isinstance(p, dict) else p.state_dict() for k, p in parts.items()}
-        write_whole(self.out / "checkpoint.pt", lambda f: torch.save(parts | dict(phase=self.phase, step=step, seconds=self.seconds()), f))
-        took, told, self.every = time.time() - begun, self.every, max(2.0, 60 * (time.time() - begun))
-        self.next_write = self.seconds() + self.every
-        told or self.say(f"checkpoint at step {step}, written in {took:.2f} s; from now on one every {self.every:.0f} s: under 2 % of the time")
-
-    def begin(self):
-        """Make --out and log.jsonl, the first that a run writes, once every flag and file has been found good; on --resume nothing."""
-        path = self.out / "checkpoint.pt"
-        with blame(OSError, f"--out {self.out} cannot be written ({{}}): give another folder"):
-            self.out.mkdir(parents=True, exist_ok=True)
-            lock(self.out, f"--out {self.out} is in use by a run that has not ended: wait for its end, or give another")
-            if self.args.resume and path.exists():
-                return
-            if self.args.resume or path.exists():
-                self.say("this run was stopped before its first checkpoint: it starts again from step 0" if self.args.resume else
-                         f"{self.out} holds an unfinished run: starting it anew (--resume would have gone on)")
-            if not self.args.resume and (self.out / "result.json").exists():
-                self.say(f"{self.out} holds a finished run: this one takes its place")
-            for old in (path, self.out / "result.json"):
-                old.unlink(missing_ok=True)
-            self.args.resume or folder_whole(self.out / "support")      # rpp's; on --resume it is complete, and of these flags
-            write_whole(self.out / "log.jsonl", json.dumps({"args": self.flags}) + "\n")
-
-    def restore(self, phase="fine-tuning", steps=None, **parts):
-        """Open --out and begin a phase of so many steps; on --resume load the phase's last checkpoint into parts, dicts or what has
-        load_state_dict. Returns the steps already done."""
-        path, log, first = self.out / "checkpoint.pt", self.out / "log.jsonl", self.phase is None
-        if first and self.rank == 0:
-            self.begin()
-        self.phase, self.steps, self.ends, self.losses, launch.begun = phase, steps or self.args.steps, [time.time()], [], True
-        self.barrier()                      # no process looks for the checkpoint before an old one is gone
-        with blame(Exception, f"{path} or log.jsonl beside it cannot be read ({{}}): delete both, and start anew without --resume"):
-            saved = torch.load(path, map_location=self.device, weights_only=True) if self.args.resume and path.exists() else {"phase": None}
-            done = saved["step"] if saved["phase"] == phase else 0          # 0: no checkpoint, or that of an earlier phase, which is complete
-            for key, part in parts.items() if done else ():
-                part.update(saved[key]) if isinstance(part, dict) else part.load_state_dict(saved[key])
-            text = log.read_text() if self.rank == 0 else ""
-            rows = [(line, json.loads(line)) for line in text.splitlines(True) if line.endswith("\n")]      # the last may be torn
-        self.before = saved.get("seconds", 0.0) if first else self.before
-        self.say(f"going on from step {done}{f' of {phase}' if steps else ''}") if done else None
-        if self.rank == 0:                  # lines logged after the checkpoint will be logged again
-            write_whole(log, "".join(line for line, row in rows if row.get("phase") != phase or row["step"] <= done))
-        # The first write should take no more than its 2 % either: with Adam's moments three times the parameters, at 400 MB a second.
-        size = 3 * sum(p.nbytes for part in parts.values() if isinstance(part, torch.nn.Module) for p in part.parameters())
-        self.next_write = self.seconds() + max(2.0, 60 * size / 400e6)
-        return done
+# texts and label are names of columns. labels: None for a number, [] for the training file's own.
+Glue = collections.namedtuple("Glue", "folder zip texts label labels")
+TASKS = {
+    "squad": None,
+    "mnli": Glue("glue/MNLI", "MNLI.zip",
+                 ["sentence1", "sentence2"], "gold_label", NLI),
+    "qqp": Glue("glue/QQP", "QQP-clean.zip",
+                ["question1", "question2"], "is_duplicate", SAME),
+    "cola": Glue("glue/CoLA", "CoLA.zip", ["sentence"], "label", SAME),
+    "sst2": Glue("glue/SST-2", "SST-2.zip", ["sentence"], "label", SAME),
+    "mrpc": Glue("glue/MRPC", None, ["#1 String", "#2 String"], "Quality", SAME),
+    "stsb": Glue("glue/STS-B", "STS-B.zip",
+                 ["sentence1", "sentence2"], "score", None),
+    "qnli": Glue("glue/QNLI", "QNLIv2.zip",
+                 ["question", "sentence"], "label", ENTAILS),
+    "rte": Glue("glue/RTE", "RTE.zip",
+                ["sentence1", "sentence2"], "label", ENTAILS),
+    "tsv": Glue("tsv", None, ["text", "text2"], "label", []),
+}
 
 
-def keeps(v):
-    return f"keeps {100 * v:.2f}% (prunes {100 * (1 - v):.2f}%)"
+def dev_names(task):
+    return ["dev_matched", "dev_mismatched"] if task == "mnli" else ["dev"]
 
 
-# ---- the task: features, batches, evaluation
+def fetch(url, path, sha256=None):
+    """Download url to path, unless it is there: whole or not at all, with a progress bar."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
+    except (OSError, RuntimeError) as error:
+        raise SystemExit(f"{url} could not be downloaded ({error}): "
+                         f"put it at {path} yourself, or use --preset mini") from None
 
-class Task:
-    """A task's data. train and dev[name]: features, dicts of input_ids, token_type_ids, and labels or start_positions, end_positions."""
-    def __init__(self, run):
-        self.run, self.name, args, files = run, run.args.task, run.args, TASKS[run.args.task]
-        self.squad, self.labels, folder, rows = self.name == "squad", files.labels, run.data / files.folder, {}
-        demand(run.data != MINI or folder.exists(), f"mini/ does not hold {self.name}: give --data DIR with {files.folder}/, or --preset paper")
-        fetch(run.data, self.name) if args.preset == "paper" and run.rank == 0 else None
-        run.barrier()
-        for name in ["train", *files.devs]:
-            if self.squad:
-                rows[name] = read_squad(folder / f"{name}-v1.1.json")
+
+def download(task, data):
+    """Fetch the task's files that are not under the folder data, from the data set's own site."""
+    data = Path(data)
+    if task == "squad":
+        for name, sha256 in SQUAD_SHA256.items():
+            fetch(SQUAD_URL + name, data / "squad" / name, sha256)
+        return
+    files = TASKS[task]
+    paths = [data / files.folder / f"{name}.tsv" for name in ["train", *dev_names(task)]]
+    missing = [path for path in paths if not path.exists()]
+    if missing and files.zip:
+        archive = data / "glue" / files.zip
+        fetch(GLUE_URL + files.zip, archive)
+        for path in missing:
+            member = f"{path.parent.name}/{path.name}"
+            zipfile.ZipFile(archive).extract(member, archive.parent)
+    elif missing and task == "mrpc":
+        raise SystemExit(f"{missing[0]} is absent, and MRPC has no such file to download: "
+                         "make it with GLUE's own script from Microsoft's paraphrase corpus")
+
+
+def read_text(path):
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SystemExit(f"{path} cannot be read as text ({error}): "
+                         "put the file there, or give its folder with --data") from None
+    if not text.strip():
+        raise SystemExit(f"{path} is empty: put the data set's own file there")
+    return text
+
+
+def read_tsv(path, task, labels):
+    """The rows of a tab-separated file without quoting, and the task's labels.
+
+    Returns ([(text, second text or None, label)], labels). A label is its place in labels, or a
+    number where labels is None. Where labels is [], they are those of this file.
+    """
+    files = TASKS[task]
+    lines = read_text(path).rstrip("\r\n").split("\n")
+    table = [line.rstrip("\r").split("\t") for line in lines]
+    if task == "cola":                          # GLUE's CoLA is the one file without a header
+        table.insert(0, ["source", "label", "star", "sentence"])
+        lines.insert(0, "")
+    header = table[0]
+    wanted = [name for name in [*files.texts, files.label] if name != "text2" or name in header]
+    for name in wanted:
+        if name not in header:
+            raise SystemExit(f"{path}, line 1: the header has no column {name!r}: add it")
+    places = [header.index(name) for name in wanted]
+    cells = []
+    for number, row in enumerate(table[1:], 1 if task == "cola" else 2):
+        if len(row) <= max(places):
+            raise SystemExit(f"{path}, line {number}: the row is cut short: complete or delete it")
+        cells.append([row[place] for place in places])
+    if labels == []:
+        labels = sorted({label for *_, label in cells})
+    rows = []
+    for number, (*texts, label) in enumerate(cells, 1 if task == "cola" else 2):
+        try:
+            value = float(label) if labels is None else labels.index(label)
+        except ValueError:
+            raise SystemExit(f"{path}, line {number}: label {label!r} is not "
+                             f"{'a number' if labels is None else f'one of {labels}'}") from None
+        rows.append((texts[0], texts[1] if len(texts) > 1 else None, value))
+    if not rows:
+        raise SystemExit(f"{path} has a header and no rows: put the data set's own file there")
+    return rows, labels
+
+
+def read_squad(path):
+    """[(id, question, context, [(answer, its offset in the context)])] of a SQuAD 1.1 file."""
+    rows = []
+    try:
+        for article in json.loads(read_text(path))["data"]:
+            for paragraph in article["paragraphs"]:
+                for qa in paragraph["qas"]:
+                    answers = [(a["text"], a["answer_start"]) for a in qa["answers"]]
+                    rows.append((qa["id"], qa["question"].strip(), paragraph["context"], answers))
+    except (ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"{path} is not in SQuAD 1.1's format ({error!r}): "
+                         "put the official file there") from None
+    for name, _, context, answers in rows:
+        found = [context[start:start + len(text)] == text for text, start in answers]
+        if not answers or not all(found):
+            raise SystemExit(f"{path}: question {name}: the context does not hold its answer at "
+                             "answer_start: correct the file")
+    return rows
+
+
+# ---- features: what a model reads, as lists of numbers
+
+def text_features(rows, tokenizer, length):
+    """[CLS] text [SEP], or [CLS] text [SEP] second text [SEP]; at most length tokens."""
+    first, second, labels = zip(*rows)
+    encoded = tokenizer(list(first), None if second[0] is None else list(second),
+                        truncation=True, max_length=length, return_token_type_ids=True)
+    columns = zip(encoded["input_ids"], encoded["token_type_ids"], labels)
+    return [dict(input_ids=i, token_type_ids=t, labels=label) for i, t, label in columns]
+
+
+def squad_features(rows, tokenizer, length):
+    """[CLS] question [SEP] part of the context [SEP], a window every 128 tokens of the context.
+
+    As in BERT's own code, the question has at most 64 tokens, and a window that lacks part of the
+    first answer points at [CLS], place 0. A feature also keeps the number of its row, and spans:
+    for each token its (begin, end) in the context's text, None outside the context.
+    """
+    features = []
+    for number, (_, question, context, answers) in enumerate(rows):
+        longest = min(64, length // 2)
+        words = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)
+        if len(words["input_ids"]) > longest:
+            question = question[:words["offset_mapping"][longest - 1][1]]
+        room = length - 3 - min(longest, len(words["input_ids"]))      # tokens left for the context
+        windows = tokenizer(question, context, truncation="only_second", max_length=length,
+                            stride=room - min(128, room // 2),         # the overlap of two windows
+                            return_overflowing_tokens=True, return_offsets_mapping=True)
+        text, begin = answers[0]
+        begin += len(text) - len(text.lstrip())
+        for i, input_ids in enumerate(windows["input_ids"]):
+            first = windows.char_to_token(i, begin, sequence_index=1)
+            last = windows.char_to_token(i, begin + len(text.strip()) - 1, sequence_index=1)
+            if first is None or last is None:
+                first = last = 0
+            spans = zip(windows["offset_mapping"][i], windows.sequence_ids(i))
+            features.append(dict(
+                input_ids=input_ids,
+                token_type_ids=windows["token_type_ids"][i],
+                start_positions=first,
+                end_positions=last,
+                row=number,
+                spans=[span if part == 1 else None for span, part in spans]))
+    return features
+
+
+# ---- metrics, in percent
+
+def best_spans(starts, ends, features, longest=30):
+    """The best span of at most 30 context tokens in each window, by start logit + end logit.
+
+    starts, ends: logits, (windows, tokens). Returns [(score, begin, end)], offsets in the text.
+    """
+    width = starts.shape[1]
+    outside = torch.ones(len(features), width, dtype=torch.bool)
+    for row, feature in zip(outside, features):
+        row[:len(feature["spans"])] = torch.tensor([span is None for span in feature["spans"]])
+    starts = starts.float().cpu().masked_fill(outside, -math.inf)
+    ends = ends.float().cpu().masked_fill(outside, -math.inf)
+    # 0 where first <= last < first + 30, else -inf
+    allowed = torch.ones(width, width).triu().tril(longest - 1).log()
+    scores = (starts[:, :, None] + ends[:, None, :] + allowed).flatten(1)
+    best, places = scores.max(dim=1)
+    spans = []
+    for feature, score, place in zip(features, best.tolist(), places.tolist()):
+        first, last = divmod(place, width)
+        if score == -math.inf:                  # a window without context
+            spans.append((score, 0, 0))
+        else:
+            spans.append((score, feature["spans"][first][0], feature["spans"][last][1]))
+    return spans
+
+
+def normal_words(text):
+    """SQuAD's official normalisation: lower case, no punctuation, no articles."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def em_f1(answer, golds):
+    """(exact match, F1 over words), 0 to 1, by the official v1.1 rules: the best over the golds."""
+    answer = normal_words(answer)
+    golds = [normal_words(gold) for gold in golds]
+    f1 = 0.0
+    for gold in golds:
+        same = sum((collections.Counter(answer) & collections.Counter(gold)).values())
+        if same:
+            f1 = max(f1, 2 * same / (len(answer) + len(gold)))
+    return float(answer in golds), f1
+
+
+def squad_metrics(rows, features, spans):
+    """EM and F1 over all questions: of a question's windows, the span of the best score answers."""
+    best = {}
+    for feature, span in zip(features, spans):
+        best[feature["row"]] = max(span, best.get(feature["row"], span))
+    scores = []
+    for number, (_, _, context, answers) in enumerate(rows):
+        _, begin, end = best[number]
+        scores.append(em_f1(context[begin:end], [text for text, _ in answers]))
+    em, f1 = 100 * np.mean(scores, axis=0)
+    return {"EM": float(em), "F1": float(f1)}
+
+
+def correlation(x, y):
+    """Pearson's, times 100; 0 where one of the two is constant."""
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return 0.0
+    return 100 * float(np.corrcoef(x, y)[0, 1])
+
+
+def ranks(x):
+    """The rank of each element, ties sharing their mean: Spearman's is Pearson's of the ranks."""
+    _, place, count = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[place]
+
+
+def glue_metrics(task, dev, logits, gold):
+    """The task's own metrics. logits: (rows, classes), or (rows, 1) for STS-B; gold: (rows,)."""
+    if task == "stsb":
+        score = logits[:, 0]
+        return {"pearson": correlation(score, gold),
+                "spearman": correlation(ranks(score), ranks(gold))}
+    guess = logits.argmax(axis=1)
+    if task == "cola":                          # Matthews' is Pearson's of two 0/1 variables
+        return {"mcc": correlation(guess, gold)}
+    accuracy = 100 * float(np.mean(guess == gold))
+    if task in ("qqp", "mrpc"):
+        f1 = 200 * float(np.sum(guess * gold)) / max(1, int(np.sum(guess + gold)))
+        return {"acc": accuracy, "F1": f1}
+    return {"acc_mm" if dev == "dev_mismatched" else "acc": accuracy}
+
+
+# ---- a task's data
+
+class Data:
+    """A task's rows and features.
+
+    train: the training features. dev: {name: features}. rows: {name: rows as read}. labels: the
+    names of the classes; None where the label is a number. n_dev: rows of all dev files.
+    """
+
+    def __init__(self, task, folder, tokenizer, length):
+        folder = Path(folder)
+        length = min(length, tokenizer.model_max_length)
+        self.task = task
+        self.tokenizer = tokenizer
+        self.labels = None if task == "squad" else TASKS[task].labels
+        self.rows = {}
+        self.dev = {}
+        for name in ["train", *dev_names(task)]:
+            if task == "squad":
+                self.rows[name] = read_squad(folder / "squad" / f"{name}-v1.1.json")
+                self.dev[name] = squad_features(self.rows[name], tokenizer, length)
             else:
-                rows[name], self.labels = read_tsv(folder / f"{name}.tsv", files.texts, files.label, self.labels, run.say)
-                demand((rows[name][0][1] is None) == (rows["train"][0][1] is None), f"{folder}: text2 must be in both {name}.tsv and train.tsv")
-        config, self.tokenizer = load_config(args.model)
-        self.positions, self.vocab_size = config.max_position_embeddings, config.vocab_size
-        self.length = min(args.length, self.positions)
-        self.dev = {name: self.windows(r) if self.squad else self.pairs(r) for name, r in rows.items()}
-        self.rows, self.train, self.n_dev = rows, self.dev.pop("train"), sum(len(rows[name]) for name in files.devs)
-        self.per_epoch = max(1, len(self.train) // args.batch_size)
-        args.steps = args.steps or round(args.epochs * self.per_epoch)
-        run.say(f"{len(self.train)} training {'windows' if self.squad else 'rows'}, {self.n_dev} dev rows | {args.steps} steps of "
-                f"{args.batch_size} = {args.steps / self.per_epoch:.1f} epochs | lr {args.lr:g} | {args.model}")
+                path = folder / TASKS[task].folder / f"{name}.tsv"
+                self.rows[name], self.labels = read_tsv(path, task, self.labels)
+                self.dev[name] = text_features(self.rows[name], tokenizer, length)
+        self.train = self.dev.pop("train")
+        self.n_dev = sum(len(self.rows[name]) for name in self.dev)
 
-    def pairs(self, rows):
-        a, b, labels = zip(*rows)
-        enc = self.tokenizer(list(a), None if b[0] is None else list(b), truncation=True, max_length=self.length, return_token_type_ids=True)
-        return [dict(input_ids=i, token_type_ids=t, labels=y) for i, t, y in zip(enc["input_ids"], enc["token_type_ids"], labels)]
+    def batches(self, step, batch_size, seed):
+        """The training features of this step, the next step, and so on, without end.
 
-    def windows(self, rows):
-        """[CLS] question (64 tokens at most) [SEP] context [SEP], in windows that start 128 tokens apart, as in BERT's own code.
+        An epoch is shuffled, then sorted by length in stretches of 50 batches, for less padding.
+        Each batch depends on (seed, step) alone.
+        """
+        an_epoch = max(1, len(self.train) // batch_size)
+        lengths = np.array([len(feature["input_ids"]) for feature in self.train])
+        order = None
+        while True:
+            epoch, place = divmod(step, an_epoch)
+            if order is None or place == 0:
+                rng = np.random.default_rng([seed, epoch])
+                order = rng.permutation(len(self.train))[:an_epoch * batch_size]
+                for at in range(0, len(order), 50 * batch_size):
+                    part = order[at:at + 50 * batch_size]
+                    part[:] = part[np.argsort(lengths[part], kind="stable")]
+                order = rng.permutation(order.reshape(an_epoch, -1))
+            yield [self.train[i] for i in order[place]]
+            step += 1
 
-        A window without the whole of the first answer points at [CLS]. Each feature also keeps row, its question's number, and spans:
-        of each of its tokens the characters (from, to) in the context, None outside it."""
-        encode = functools.partial(self.tokenizer, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        encode_context, features = functools.lru_cache(8)(encode), []       # the questions of a context follow each other
-        cls, sep = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
-        for n, ((_, _, context, answers), question) in enumerate(zip(rows, encode([row[1] for row in rows])["input_ids"])):
-            ids, spans = (encode_context(context)[key] for key in ("input_ids", "offset_mapping"))
-            first = bisect.bisect_right([s[1] for s in spans], answers[0][1])           # the answer's first token in the context,
-            last = bisect.bisect_left([s[0] for s in spans], answers[0][1] + len(answers[0][0])) - 1                # and its last
-            question = question[:min(64, self.length // 2)]
-            head, room = len(question) + 2, self.length - len(question) - 3
-            for at in range(0, max(1, len(ids)), min(128, room // 2)):
-                piece, inside = ids[at:at + room], at <= first <= last < at + room
-                features.append(dict(
-                    input_ids=[cls, *question, sep, *piece, sep], token_type_ids=[0] * head + [1] * (len(piece) + 1),
-                    start_positions=head + first - at if inside else 0, end_positions=head + last - at if inside else 0,
-                    row=n, spans=[None] * head + spans[at:at + room] + [None]))
-                if at + room >= len(ids):
-                    break
-        return features
-
-    def collate(self, features, keys=("input_ids", "token_type_ids", "labels", "start_positions", "end_positions")):
-        """Features to tensors on the device: input_ids, token_type_ids, attention_mask (batch, longest); labels or positions (batch,)."""
-        batch = self.tokenizer.pad([{k: f[k] for k in keys if k in f} for f in features], return_tensors="pt")
-        return {key: column.to(self.run.device) for key, column in batch.items()}
-
-    @functools.lru_cache(maxsize=1)
-    def epoch(self, number):
-        """(steps, batch_size) of feature numbers: shuffled, then sorted by length in stretches of 50 batches, for less padding."""
-        rng, size = np.random.default_rng([self.run.args.seed, number]), self.run.args.batch_size
-        lengths, order = np.array([len(f["input_ids"]) for f in self.train]), rng.permutation(len(self.train))[:self.per_epoch * size]
-        stretches = np.split(order, range(50 * size, len(order), 50 * size))
-        order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in stretches])
-        return rng.permutation(order.reshape(self.per_epoch, -1))
-
-    def batch(self, step):
-        """The batch of this step, a function of (seed, step) alone; each of N processes gets every N-th row."""
-        rows = self.epoch(step // self.per_epoch)[step % self.per_epoch][self.run.rank::self.run.world]
-        return self.collate([self.train[i] for i in rows])
+    def collate(self, features, targets=True):
+        """Features as tensors: input_ids, token_type_ids, attention_mask, (batch, longest)."""
+        keys = ["input_ids", "token_type_ids"]
+        if targets:                             # labels or positions: (batch,)
+            keys += ["labels", "start_positions", "end_positions"]
+        chosen = [{key: f[key] for key in keys if key in f} for f in features]
+        return self.tokenizer.pad(chosen, return_tensors="pt")
 
     @torch.no_grad()
     def evaluate(self, model):
-        """The task's metrics on its dev sets, in percent (Pearson, Spearman and Matthews times 100)."""
+        """The task's metrics on its dev files."""
         model.eval()
         metrics = {}
         for name, features in self.dev.items():
-            outputs, order = {}, sorted(range(len(features)), key=lambda i: len(features[i]["input_ids"]))
-            for at in tqdm(range(0, len(order), 64), desc=f"evaluating {name}", disable=None, leave=False):
-                chosen = [features[i] for i in order[at:at + 64]]
-                with self.run.autocast():
-                    out = model(**self.collate(chosen, ("input_ids", "token_type_ids")))
-                values = best_spans(out.start_logits, out.end_logits, chosen) if self.squad else out.logits.float().cpu().numpy()
-                outputs.update(zip(order[at:at + 64], values))
-            rows, outputs = self.rows[name], [outputs[i] for i in range(len(features))]
-            metrics |= squad_metrics(rows, features, outputs) if self.squad else glue_metrics(
-                self.name, np.stack(outputs), np.array([row[2] for row in rows]), name)
+            results = [None] * len(features)
+            order = sorted(range(len(features)), key=lambda i: len(features[i]["input_ids"]))
+            for at in tqdm(range(0, len(order), 64), desc=name, disable=None, leave=False):
+                places = order[at:at + 64]
+                chosen = [features[i] for i in places]
+                out = model(**self.collate(chosen, targets=False).to(model.device))
+                if self.task == "squad":
+                    values = best_spans(out.start_logits, out.end_logits, chosen)
+                else:
+                    values = out.logits.float().cpu().numpy()
+                for i, value in zip(places, values):
+                    results[i] = value
+            rows = self.rows[name]
+            if self.task == "squad":
+                metrics |= squad_metrics(rows, features, results)
+            else:
+                gold = np.array([label for _, _, label in rows])
+                metrics |= glue_metrics(self.task, name, np.stack(results), gold)
         return metrics
 
 
 # ---- BERT
 
-def load_config(name):
-    """(config, tokenizer) of a BERT, a folder or a name on the hub."""
-    with loading(name):
+def load_tokenizer(name):
+    """The tokenizer of a BERT: a folder, or a name on the hub."""
+    try:
         config = AutoConfig.from_pretrained(name)
-        demand(config.model_type == "bert", f"--model {name} is a {config.model_type} model: give a BERT")
-        tokenizer = AutoTokenizer.from_pretrained(name)             # an empty one, where its files are missing
-        demand(10 < len(tokenizer) <= config.vocab_size, f"{name} has a tokenizer of {len(tokenizer)} words for a vocabulary of {config.vocab_size}: "
-               "give a folder with its own tokenizer.json or vocab.txt")
-        return config, tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:                  # each of its libraries raises its own
+        raise SystemExit(f"{name} cannot be loaded ({str(error).strip().splitlines()[0]}): give "
+                         "the folder of a BERT, or use --preset mini without a network") from None
+    if config.model_type != "bert" or not 10 < len(tokenizer) <= config.vocab_size:
+        raise SystemExit(f"{name} is a {config.model_type} model with a tokenizer of "
+                         f"{len(tokenizer)} words: give a BERT with its own tokenizer")
+    tokenizer.model_max_length = config.max_position_embeddings
+    return tokenizer
 
 
-def loading(name):
-    """Whatever transformers raises for a model that is absent or broken (json, safetensors, tokenizers, hub, torch: each its own)."""
-    what = "cannot be read as a model folder" if Path(name).exists() else "is no folder here and could not be had from the hub"
-    return blame(Exception, f"{name} {what} ({{}}): give a folder with a BERT's config.json, weights and tokenizer, or use --preset mini")
-
-
-def load_bert(run, task, name=None):
-    """A BERT with the task's head, on the device, its embeddings frozen. name: a teacher's folder, which must hold that head too."""
-    kind, options, heads = AutoModelForQuestionAnswering, {"num_labels": 2}, ("classifier.", "qa_outputs.", "bert.pooler.")
-    if not task.squad:
-        kind, labels = AutoModelForSequenceClassification, dict(enumerate(task.labels or ["score"]))
-        options = dict(id2label=labels, label2id={x: i for i, x in labels.items()}, problem_type=None if task.labels else "regression")
-    with loading(name or run.args.model):
-        config = AutoConfig.from_pretrained(name or run.args.model)         # a folder of ours names its task; labels may be in another order
-        taught, theirs = getattr(config, "finetuning_task", None) or task.name, [str(config.id2label[i]).lower() for i in sorted(config.id2label)]
-        ours = [label.lower() for label in task.labels or []]
-        same = taught.lower().removeprefix("glue:").replace("-", "") == task.name                # as others may write it: sst-2, glue:sst2
-        demand(not name or same, f"--teacher {name} was fine-tuned on {taught}, not on {task.name}: give one of this task")
-        demand(not name or sorted(theirs) != sorted(ours) or theirs == ours, f"--teacher {name} has its labels in the order "
-               f"{', '.join(theirs)}, not {', '.join(ours)}: give one with this order")
-        demand(not name or config.vocab_size == task.vocab_size and config.max_position_embeddings >= task.length,
-               f"--teacher {name} has {config.vocab_size} words and {config.max_position_embeddings} positions, --model {run.args.model} has "
-               f"{task.vocab_size} and texts of {task.length} tokens: give a teacher that reads the same")
-        model, info = kind.from_pretrained(name or run.args.model, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-    lacking = sorted(k for k in {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])} if name or not k.startswith(heads))
-    demand(not lacking, f"{name or run.args.model} has no {(lacking or [''])[0]} that fits: give a {f'model fine-tuned on {task.name}' if name else 'BERT'}")
-    model.config.finetuning_task = task.name
-    model.bert.embeddings.requires_grad_(False)         # as the movement paper does while it prunes; so do all six, the dense runs too
-    return model.to(run.device).train()
-
-
-def load_pretraining(run, name):
-    """A BERT with its pre-training heads, MLM's and NSP's, on the device, and the names of what its folder lacks and so is new: heads, pooler."""
-    with loading(name):
-        model, info = BertForPreTraining.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    demand(all(k.startswith(("cls.", "bert.pooler.")) for k in info["missing_keys"]), f"{name} lacks some of a BERT's weights: give one that has all")
-    return model.to(run.device).train(), info["missing_keys"]
-
-
-def load_teacher(run, task):
-    """The fine-tuned model in --teacher, frozen; None without the flag."""
-    return load_bert(run, task, run.args.teacher).eval().requires_grad_(False) if run.args.teacher else None
+def load_bert(name, data, teacher=False):
+    """A BERT with the task's head. The head is new if the folder has none; a teacher must have one.
+    """
+    words = len(load_tokenizer(name))
+    task = getattr(AutoConfig.from_pretrained(name), "finetuning_task", None)
+    if teacher and task in TASKS and task != data.task:
+        raise SystemExit(f"--teacher {name} was trained on {task}: give one of {data.task}")
+    if teacher and words != len(data.tokenizer):
+        raise SystemExit(f"--teacher {name} has {words} words, --model {len(data.tokenizer)}: "
+                         "give a teacher with the same tokenizer")
+    if data.task == "squad":
+        kind, options = AutoModelForQuestionAnswering, {"num_labels": 2}
+    else:
+        kind = AutoModelForSequenceClassification
+        labels = dict(enumerate(data.labels or ["score"]))
+        options = {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
+        if data.labels is None:
+            options["problem_type"] = "regression"
+    try:
+        model, info = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True,
+                                           ignore_mismatched_sizes=True, **options)
+    except Exception as error:
+        raise SystemExit(f"{name} has no weights that can be loaded ({error})") from None
+    new = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    may_be_new = () if teacher else ("classifier.", "qa_outputs.", "bert.pooler.")
+    lacking = [key for key in new if not key.startswith(may_be_new)]
+    if lacking:
+        raise SystemExit(f"{name} has no {lacking[0]} of the right shape: give a "
+                         + (f"model trained on {data.task}" if teacher else "whole BERT"))
+    model.config.finetuning_task = data.task
+    return model
 
 
 def prunable(model):
-    """{name: Linear}: query, key, value, attention.output.dense, intermediate.dense and output.dense of every encoder layer."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".encoder.layer." in name}
+    """{name: Linear}: the six weight matrices of each encoder layer, which all methods prune.
+
+    Query, key, value, attention.output.dense, intermediate.dense and output.dense. Biases,
+    LayerNorm, embeddings, pooler and head are neither pruned nor counted.
+    """
+    return {name: module for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and ".encoder.layer." in name}
 
 
 @torch.no_grad()
-def kept(weights):
-    """({name: share of the matrix that is not zero}, the share of all of them), as the forward pass sees them."""
-    count = {name: (int(torch.count_nonzero(w)), w.numel()) for name, w in ((name, m.weight) for name, m in weights.items())}
-    return {name: n / size for name, (n, size) in count.items()}, sum(n for n, _ in count.values()) / sum(s for _, s in count.values())
-
-
-def lr_factor(step, steps, warmup, end=0.0):
-    """Linear from 0 to 1 over the first warmup * steps steps, then linear to end, a share of the peak."""
-    return min(1.0, (step + 1) / max(1, warmup * steps), end + (1 - end) * (steps - step) / max(1, steps - warmup * steps))
-
-
-def task_loss(net, batch, teacher=None, T=2.0):
-    """The task's loss; with a teacher 0.1 of it + 0.9 T^2 KL(teacher || student), for SQuAD the mean of start and end, for STS-B squares."""
-    out = net(**batch)
-    if teacher is None:
-        return out.loss
-    with torch.no_grad():
-        target = teacher(**batch)
-    pairs = [(out[key].float(), target[key].float()) for key in ("logits", "start_logits", "end_logits") if key in out]
-    kl = [F.mse_loss(s, t) if s.shape[-1] == 1 else T * T * F.kl_div((s / T).log_softmax(-1), (t / T).softmax(-1), reduction="batchmean")
-          for s, t in pairs]
-    return 0.1 * out.loss + 0.9 * sum(kl) / len(kl)
-
-
-# ---- the report
-
-def report(run, task, model, goal):
-    """Save the model, reload it, count its zeros, evaluate it, print RESULT. goal: the share to keep, or None. Returns the exit status."""
-    if run.rank:
-        return 0
-    model.save_pretrained(run.out)
-    task.tokenizer.save_pretrained(run.out)
-    args, saved = run.args, type(model).from_pretrained(run.out).to(run.device)
-    (shares, share), metrics = kept(prunable(saved)), task.evaluate(saved)
-    run.say("kept, %   query     key   value attn.out   inter  output")
-    for i in range(saved.config.num_hidden_layers):
-        row = [100 * s for name, s in shares.items() if f".layer.{i}." in name]
-        run.say(f"layer {i:2d} {' '.join(f'{x:7.2f}' for x in row)} {'█' * math.ceil(0.4 * np.mean(row))}")
-    missed = goal is not None and abs(share - goal) > (0.001 if goal >= 0.02 else 0.05 * goal)
-    line = (f"RESULT {run.method} {task.name} {keeps(share)} {' '.join(f'{k} {v:.1f}' for k, v in metrics.items())} | {args.steps} steps "
-            f"{run.seconds():.0f} s seed {args.seed} | {run.out}{f' | MISSED the goal of {100 * goal:.2f}%' if missed else ''}")
-    result = dict(method=run.method, task=task.name, preset=args.preset, sparsity=goal, kept=share, kept_per_layer=shares, metrics=metrics,
-                  seed=args.seed, steps=args.steps, seconds=run.seconds(), ms_per_step=run.ms_per_step(), n_train=len(task.train),
-                  n_dev=task.n_dev, n_prunable=sum(m.weight.numel() for m in prunable(saved).values()), model=args.model, data=str(run.data),
-                  device=str(run.device), threads=torch.get_num_threads(), args=vars(args), line=line, versions=dict(
-                      python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, numpy=np.__version__), **run.extra)
-    write_whole(run.out / "result.json", json.dumps(result, indent=1) + "\n")
-    for old in ("checkpoint.pt", "checkpoint.pt.part"):         # .part: of a run killed while it wrote
-        (run.out / old).unlink(missing_ok=True)
-    run.say(line)
-    return 3 if missed else 0
+def count_kept(model):
+    """({name of a prunable matrix: fraction of it that is not 0}, fraction of all, size of all)."""
+    shares = {}
+    kept = total = 0
+    for name, module in prunable(model).items():
+        weight = module.weight                  # as the forward pass sees it, masks included
+        nonzero = int(torch.count_nonzero(weight))
+        shares[name] = nonzero / weight.numel()
+        kept += nonzero
+        total += weight.numel()
+    return shares, kept / total, total

@@ -1,157 +1,180 @@
 """L0 regularisation of BERT with hard concrete gates, in one file.
-
-Louizos, Welling and Kingma 2017 (arXiv 1712.01312), as used by Sanh, Wolf and Rush 2020 (arXiv 2005.07683). Official code:
-AMLab-Amsterdam/L0_regularization; huggingface/transformers-research-projects, movement-pruning, at fccd0cdab0.
-
-Result     Embedded squad, F1: 3.00 % 83.2, 85.3, 85.9; 10.00 % 89.1, 87.7, 88.0 (dense 99.4, 98.8, 98.7; seeds 0, 1, 2; 1,000 steps).
-           SST-2 with a 6-layer MiniLM, accuracy: 3.00 % 80.2, 79.7, 80.2; 10.00 % 82.3, 80.3, 81.9 (dense 87.0, 86.8, 87.6; seeds 0, 1, 2; 1,200 steps).
-           One CPU core, torch 2.13.0, transformers 5.23.0; commands in README. The paper, BERT-base, SQuAD at 3 %:
-           EM 61.6 F1 73.6 (dense F1 88.1).
-
-Idea       The number of weights that are not zero has no gradient. So each weight gets a random gate z in [0, 1] that is 0 with
-           some probability, and that probability has one:
-               s    = sigmoid((log u - log(1 - u) + S) / b)        u ~ U(0, 1), b = 2/3: a "concrete" variable in (0, 1)
-               z    = clamp(s (r - l) + l, 0, 1)                   l = -0.1, r = 1.1: stretched, then cut: "hard"
-               a    = (W * z) x                                    dL/dS flows through z wherever 0 < z < 1
-               E[L0] of a gate = P(z > 0) = sigmoid(S - b log(-l / r))
-               minimise  L + lambda * mean over matrices of mean of P(z > 0)
-           Evaluation has no noise: z = clamp(sigmoid(S) (r - l) + l, 0, 1), which is 0 where S <= -2.398; W * z is saved.
-           In the paper lambda is given and what is kept comes out. Here --sparsity is met by an augmented Lagrangian
-               l1 h + l2 h^2,   h = d / v_t - 1,   l1 += 2 h and l2 += 60 h^2 at every step       d: the share kept
-           after Wang, Wohlwend and Lei 2020 (arXiv 1910.04732): at the goal h vanishes, below it the push weakens, then turns round.
-           h is relative, because in the paper's own runs lambda times what is kept hardly changes (75 -> 17.8 %, 13; 600 ->
-           2.9 %, 17): l1 then has one number to find. d has the value of the count of S > -2.398 and the gradient of E[L0].
-
-Symbols    scores      log alpha, S    (out, in)   2.197 at the start: z > 0 with probability 0.98; learned at --score_lr
-           gate        z               (out, in)   in [0, 1], exactly 0 and exactly 1 included
-           noise       log u - log(1 - u)          (out, in), drawn anew at every step
-           B, L, R     beta, gamma, zeta of Louizos    temperature, and the ends of the stretched interval
-           v           v_t             share kept, on the cubic of the other scripts
-
-Unlike soft_mvp.py: the gate is random and real-valued, so its own gradient is used, nothing is passed straight through; the threshold
-cannot move, so lambda must.
-Unlike Louizos 2017, as in the official code: a gate for every weight, not for every input neuron; log alpha is not clamped; no L2 term,
-no moving average of the weights; noise from (1e-4, 1 - 1e-4); the start at 2.197 is the logit of 0.9.
-Differs from the movement paper: the goal (above; --penalty LAMBDA is its open loop); one draw of noise serves all processes; the gap
-that is left at the end is closed by moving the nearest scores just across the threshold, and their number printed.
-
-Chosen by measurement, embedded squad, goal 3 %, seed 0; kept before the gap is closed. With h = d - v, both value and gradient of d from
-E[L0], and an ascent of (20, 10000): 4.58 %. d's value counted: 3.92 %. h relative too, ascent (0.5, 3): 2.52 %; (2, 10): 2.80 %; (2, 60): 2.89 %.
-
-Run        python l0.py --task squad --sparsity 0.03                                 embedded BERT and data, CPU, about two minutes
-           python l0.py --penalty 300                                                the paper's: what is kept follows from lambda
-           torchrun --standalone --nproc_per_node=2 l0.py --preset paper             bert-base-uncased, the whole of SQuAD
-           The last line printed: RESULT l0 squad keeps 3.00% (prunes 97.00%) EM .. F1 .. | steps, seconds, seed | folder
 """
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
 import torch
+import transformers
 from torch import nn
+
 # <method: imports>
 import math
 
+import torch.nn.functional as F
 from torch.nn.utils import parametrize
+
 # </method>
-
 import common
-
 
 # ---- flags
 
 # <method: hyper-parameters>
-# The paper's, from the authors' run sheet; the rows of other tasks and the mini preset's are ours, the same in all scripts.
-# warmup, t_i and t_f are shares of the run (the paper counts steps: on SQuAD 5,400 of 55,000, t_i and t_f once that).
-# ascent: step sizes of l1 and l2; ours. lr_end: share of lr left at the last step. clip: one norm over all that is trained, scores
-# included. length: in tokens.
-MINI = dict(steps=1000, batch_size=32, lr=5e-4, score_lr=1e-1, ascent=(2.0, 60.0), length=128, warmup=0.05, lr_end=0.0, t_i=0.05, t_f=0.3, clip=1.0)
-PAPER = dict(epochs=6, batch_size=32, lr=3e-5, score_lr=1e-1, ascent=(2.0, 60.0), length=128, warmup=0.05, lr_end=0.0, t_i=0.05, t_f=0.3, clip=1.0)
-HYPER = {"mini": {"*": MINI, "mnli": dict(steps=3000), "qqp": dict(steps=3000)},
-         "paper": {"*": PAPER,
-                   "squad": dict(epochs=10, batch_size=16, length=384, warmup=0.1, t_i=0.1, t_f=0.1),
-                   "mnli": dict(warmup=0.16, t_i=0.16, t_f=0.16),
-                   "qqp": dict(epochs=10, lr=3e-6, score_lr=1e-2, warmup=0.1, t_i=0.1, t_f=0.1)}}
+# The paper's, from the authors' run sheet. The mini preset and the tasks under "*", which the paper
+# did not run, are ours, and the same in all six scripts.
+# warmup: fraction of the steps in which lr rises. lr_end: fraction of lr left at the last step.
+# t_i, t_f: fractions of the steps before pruning begins and after it has ended.
+# score_lr: peak learning rate of the scores. ascent: step sizes of l1 and l2, ours.
+# length: tokens in a text. clip: the norm to which all gradients together are clipped.
+MINI = dict(
+    model=str(common.MINI / "bert"),
+    data=str(common.MINI),
+    steps=1000, batch_size=32, lr=5e-4,
+    length=128, warmup=0.05, lr_end=0.0, clip=1.0,
+    t_i=0.05, t_f=0.3,
+    score_lr=1e-1, ascent=(2.0, 60.0)
+)
+PAPER = MINI | dict(
+    model="bert-base-uncased",
+    data="data",
+    steps=None, epochs=6, lr=3e-5
+)
+HYPER = {
+    "mini": {"*": MINI, "mnli": dict(steps=3000), "qqp": dict(steps=3000)},
+    "paper": {
+        "*": PAPER,
+        "squad": dict(epochs=10, batch_size=16, length=384,
+                      warmup=0.1, t_i=0.1, t_f=0.1),
+        "mnli": dict(warmup=0.16, t_i=0.16, t_f=0.16),
+        "qqp": dict(epochs=10, lr=3e-6, score_lr=1e-2, warmup=0.1, t_i=0.1, t_f=0.1),
+    },
+}
 # </method>
 
 
 def flags():
-    """The command line. A flag left out takes the preset's value from HYPER."""
-    p = common.Parser(__doc__)
-    # what to do
-    p.add_argument("--task", default="squad", choices=common.TASKS, help="tsv: your own DIR/tsv/{train,dev}.tsv")
-    p.add_argument("--sparsity", default=0.03, type=common.number(float, 0, 1), metavar="V",
-                   help="share of the prunable weights KEPT: 0.03 keeps 3.00 %%, prunes 97.00 %%; 1 is dense fine-tuning")
-    # from what: the embedded BERT and data (mini), or bert-base-uncased and the whole task (paper); the rest overrides one thing
-    p.add_argument("--preset", choices=["mini", "paper"], help="default: paper where CUDA is here, else mini")
-    p.add_argument("--model", help="a BERT by hub name or folder; default: the preset's")
-    p.add_argument("--data", metavar="DIR", help="folder of the data files; default: the preset's")
-    p.add_argument("--teacher", metavar="DIR", help="distil from the fine-tuned model in DIR")
-    # where to, and how
-    p.add_argument("--out", metavar="DIR", help="default: out/<script>-<task>-<V>-s<seed>")
-    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    p.add_argument("--seed", default=0, type=common.number(int, 0))
-    p.add_argument("--steps", type=common.number(int, 1), help="overrides the preset's steps or epochs")
-    p.add_argument("--batch_size", type=common.number(int, 1))
-    p.add_argument("--lr", type=common.number(float, 0), help="of the weights")
-    p.add_argument("--device", help="cpu, cuda, cuda:1; default: cuda where it is here")
+    """The command line. A flag that is left out takes its value from HYPER."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--task", default="squad", choices=common.TASKS,
+        help="tsv: your own DIR/tsv/train.tsv and dev.tsv, with --data DIR")
+    add("--sparsity", type=float, default=0.03, metavar="V",
+        help="fraction of the prunable weights KEPT: 0.03 keeps 3.00%% and prunes 97.00%%")
+    cuda = torch.cuda.is_available()
+    add("--preset", choices=["mini", "paper"], default="paper" if cuda else "mini",
+        help="default: paper where CUDA is there, else mini")
+    add("--model")                              # a BERT: a folder, or a name on the hub
+    add("--data")                               # the folder of the data files
+    add("--out")                                # default: out/<script>-<task>-<V>-s<seed>
+    add("--seed", type=int, default=0)
+    add("--steps", type=int)                    # overrides the preset's steps or epochs
+    add("--batch_size", type=int)               # of all processes together
+    add("--lr", type=float)                     # the highest, of the weights
+    add("--device", default="cuda" if cuda else "cpu")
+    add("--teacher", help="distil from the fine-tuned model in this folder")
+    add("--resume", action="store_true")        # go on from the last checkpoint in --out
+    add("--checkpoint_every", type=int, default=500)
     # <method: flags>
-    p.add_argument("--score_lr", type=common.number(float, 0), help="of the scores")
-    p.add_argument("--penalty", type=common.number(float, 0), metavar="LAMBDA",
-                   help="the paper's open loop: what is kept follows from LAMBDA and not from --sparsity")
+    add("--score_lr", type=float)               # the highest, of the scores
+    add("--penalty", type=float,
+        help="lambda of the paper's open loop: the fraction kept follows from it, not --sparsity")
     # </method>
-    return p
+    return parser
 
 
 # <method: definitions>
 # ---- method
 
-def schedule(step, steps, v, t_i, t_f):
-    """The cubic schedule (eq. 5): the share kept at this step, from 1 until t_i * steps down to v for the last t_f * steps."""
-    done = min(max((step - t_i * steps) / max(1.0, (1 - t_i - t_f) * steps), 0.0), 1.0)
-    return v + (1 - v) * (1 - done) ** 3
+def lr_factor(step, steps, warmup, lr_end):
+    """The learning rate as a fraction of its peak: linear up from 0, then linear down to lr_end."""
+    rise = (step + 1) / max(1, warmup * steps)
+    fall = (1 - lr_end) * (steps - step) / max(1, steps - warmup * steps)
+    return min(1.0, rise, lr_end + fall)
 
 
-B, L, R = 2 / 3, -0.1, 1.1
-THRESHOLD = math.log(-L / R)        # -2.398: the noise-free gate is above 0 where sigmoid(S) (R - L) + L > 0
+def task_loss(net, batch, teacher, T=2.0):
+    """The task's loss; with a teacher 0.1 of it + 0.9 T^2 KL(teacher || student).
+
+    T: temperature. SQuAD takes the mean KL of start and end. STS-B has one logit: its KL is 0.
+    """
+    out = net(**batch)
+    if teacher is None:
+        return out.loss
+    with torch.no_grad():
+        target = teacher(**batch)
+    names = [name for name in out if name.endswith("logits")]
+    kl = 0.0
+    for name in names:
+        student = F.log_softmax(out[name].float() / T, dim=-1)
+        taught = F.softmax(target[name].float() / T, dim=-1)
+        kl += T * T * F.kl_div(student, taught, reduction="batchmean") / len(names)
+    return 0.1 * out.loss + 0.9 * kl
+
+
+def schedule(step, steps, v_f, t_i, t_f):
+    """v, the fraction kept at this step: 1, then down the cubic of eq. 5, then v_f."""
+    done = (step - t_i * steps) / max(1.0, (1 - t_i - t_f) * steps)
+    done = min(max(done, 0.0), 1.0)
+    return v_f + (1 - v_f) * (1 - done) ** 3
+
+
+BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1           # temperature, and the ends of the stretched interval
+THRESHOLD = math.log(-GAMMA / ZETA)             # -2.398: without noise, z > 0 where S is above it
 
 
 def gate(scores, noise=None):
-    """The hard concrete gate z in [0, 1], (out, in). noise: log u - log(1 - u), same shape, or None in evaluation."""
-    # without noise there is no temperature either: sigmoid(S), as in both official codes
-    s = torch.sigmoid(scores if noise is None else (noise + scores) / B)
-    return (s * (R - L) + L).clamp(0, 1)
+    """The hard concrete gate z in [0, 1], (out, in); noise, log u - log(1 - u), is for training."""
+    if noise is None:
+        s = torch.sigmoid(scores)               # no temperature either, as in both official codes
+    else:
+        s = torch.sigmoid((noise + scores) / BETA)
+    return (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
 
 def expected_l0(scores):
-    """The mean over matrices of the mean of P(z > 0) = sigmoid(S - b log(-l / r)): times lambda, the paper's penalty."""
-    return torch.stack([torch.sigmoid(s - B * THRESHOLD).mean() for s in scores]).mean()
+    """The mean over matrices of the mean of P(z > 0) in the matrix."""
+    return torch.stack([torch.sigmoid(s - BETA * THRESHOLD).mean() for s in scores]).mean()
 
 
 @torch.no_grad()
 def share_kept(scores):
-    """The share of all weights that the noise-free gate keeps."""
-    return float(sum(torch.count_nonzero(s > THRESHOLD) for s in scores)) / sum(s.numel() for s in scores)
+    """The fraction of all weights that the gate without noise keeps."""
+    kept = sum(torch.count_nonzero(s > THRESHOLD) for s in scores)
+    return float(kept) / sum(s.numel() for s in scores)
 
 
 @torch.no_grad()
 def close_gap(scores, v):
-    """Move those scores across the threshold that are nearest to it, just so far, so that round(v n) of all n exceed it. Returns how many.
+    """Move the scores nearest to the threshold just across it: round(v n) of all n then exceed it.
 
-    Their gates are about 0 before and after: the network hardly changes, unless the gap is wide."""
-    flat, before = torch.cat([s.flatten() for s in scores]), share_kept(scores)             # (n,)
-    last = flat.kthvalue(len(flat) - min(max(1, round(v * len(flat))), len(flat)) + 1).values
-    for s in scores:
-        s.copy_(torch.where(s >= last, s.clamp(min=THRESHOLD + 1e-3), s.clamp(max=THRESHOLD - 1e-3)))
-    return round((share_kept(scores) - before) * len(flat))
+    Their gates are about 0 before and after. Returns how many more are kept than before.
+    """
+    before = share_kept(scores)
+    row = torch.cat([s.flatten() for s in scores])                      # (n,)
+    stays = torch.zeros_like(row, dtype=torch.bool)
+    stays[row.topk(max(1, round(v * len(row)))).indices] = True
+    for s, keep in zip(scores, stays.split([s.numel() for s in scores])):
+        above = s.clamp(min=THRESHOLD + 1e-3)
+        below = s.clamp(max=THRESHOLD - 1e-3)
+        s.copy_(torch.where(keep.view_as(s), above, below))
+    return round((share_kept(scores) - before) * len(row))
 
 
 class Gated(nn.Module):
-    """A parametrization: the layer computes with W' = W * z, and the scores learn through z."""
+    """A parametrization: the layer computes with W' = W * z, and its scores learn through z."""
 
     def __init__(self, weight):
         super().__init__()
-        self.scores = nn.Parameter(torch.full_like(weight, 2.197))                  # S = log alpha: (out, in)
-        self.register_buffer("noise", torch.zeros_like(weight), persistent=False)   # log u - log(1 - u): (out, in)
+        self.scores = nn.Parameter(torch.full_like(weight, 2.197))      # S: (out, in)
+        self.register_buffer("noise", torch.zeros_like(weight), persistent=False)   # (out, in)
 
     def forward(self, weight):
-        # where no gradient is asked for (counting, evaluation, the bake) there is no noise either
+        # no noise where no gradient is wanted: in counting, in evaluation and when W * z is saved
         return weight * gate(self.scores, self.noise if torch.is_grad_enabled() else None)
 # </method>
 
@@ -159,61 +182,149 @@ class Gated(nn.Module):
 # ---- run
 
 def main(args):
-    """Fine-tune, prune meanwhile, save. Returns the exit status: 0, or 3 if the goal was missed."""
-    run = common.Run(__file__, args, HYPER)             # preset, device, processes, --out; prints the first line
-    task = common.Task(run)                             # features, batches, metrics
-    model = common.load_bert(run, task)                 # with the task's head, new unless --model has it; embeddings frozen
-    teacher = common.load_teacher(run, task)            # None without --teacher
-    weights = common.prunable(model)                    # {name: Linear}, the six matrices of every encoder layer
-    # All that is not frozen learns at args.lr times the schedule's factor; a method may add groups with peaks of their own.
-    groups = [{"params": [p for p in model.parameters() if p.requires_grad], "peak": args.lr}]
-    state = {}                                          # what the method has to remember over a --resume
+    """Fine-tune, prune, save and evaluate. Exits with status 3 if the goal was missed."""
+    # ---- preset
+    typed = {name: value for name, value in vars(args).items() if value is not None}
+    hyper = HYPER[args.preset]["*"] | HYPER[args.preset].get(args.task, {})
+    args = argparse.Namespace(**(vars(args) | hyper | typed))
+    method = Path(__file__).stem
+    out = Path(args.out or f"out/{method}-{args.task}-{args.sparsity:g}-s{args.seed}")
 
-    # <method: setup>
-    # V = 1 is dense: no gates at all.
-    gated = [Gated(layer.weight) for layer in weights.values() if args.sparsity < 1 or args.penalty]
-    for layer, m in zip(weights.values(), gated):
-        parametrize.register_parametrization(layer, "weight", m)
-    scores = [m.scores for m in gated]                              # S: (out, in) each, 2.197 at the start
-    # Ten times faster than in soft_mvp.py: a gate has to go from 2.197 to -2.398. Same schedule, same clip.
-    groups.append({"params": scores, "peak": args.score_lr})
-    state.update(l1=0.0, l2=0.0)                                    # the multipliers
-    generator = torch.Generator(run.device)
+    # ---- mistakes that can be seen before anything is loaded
+    numbers = {args.sparsity, args.lr, args.batch_size, args.checkpoint_every, args.steps}
+    if min(numbers - {None}) <= 0 or args.sparsity > 1:
+        raise SystemExit("--sparsity is the fraction KEPT, above 0 and at most 1; --steps, --lr, "
+                         "--batch_size and --checkpoint_every must be above 0")
+    inputs = map(os.path.realpath, (args.model, args.teacher or ""))
+    if os.path.realpath(out) in inputs:
+        raise SystemExit(f"--out {out} is the --model or --teacher folder too: give another")
+    log = out / "log.jsonl"
+    if args.resume and (not log.exists() or (out / "result.json").exists()):
+        raise SystemExit(f"--resume: {out} holds no unfinished run: leave --resume out")
+    if any(out.glob("*")) and not log.exists():
+        raise SystemExit(f"--out {out} holds something other than a run: give a new folder")
+    # <method: checks>
+    # nothing
     # </method>
 
-    # No weight decay (AdamW's default is 0.01): what the loss and the method do not move stays. fused: all of Adam in one pass.
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, eps=1e-8, weight_decay=0.0, fused=True)
-    trained = [p for group in groups for p in group["params"]]
-    net = run.parallel(model)
+    # ---- devices and processes: torchrun sets RANK, LOCAL_RANK and WORLD_SIZE
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.zeros(1, device=args.device).device
+    except Exception as error:
+        raise SystemExit(f"--device {args.device} is not there ({error}): give another") from None
+    # bf16 where the hardware multiplies in it; but the mini preset on a CPU is fp32 everywhere
+    bf16 = args.preset == "paper" and torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")              # rank 0 alone prints, downloads and saves
+    print(f"{method} {args.task}: keeps {args.sparsity:.2%} (prunes {1 - args.sparsity:.2%}) | "
+          f"preset {args.preset} (CUDA: {torch.cuda.is_available()}) | {device} x {world} | "
+          f"seed {args.seed}")
+    if 0.5 < args.sparsity < 1:
+        print(f"--sparsity is the fraction KEPT: did you mean {1 - args.sparsity:g}?")
+    if args.preset == "paper" and rank == 0:
+        common.download(args.task, args.data)
+    if world > 1:                                       # waits for all ranks
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
-    # Batch, dropout and learning rate depend on (seed, step) alone, so that a resumed run ends in the same bytes.
-    for step in range(run.restore(model=model, optimizer=optimizer, state=state), args.steps):
-        run.seed_step(step)
-        batch = task.batch(step)
-        factor = common.lr_factor(step, args.steps, args.warmup, args.lr_end)    # of weights and scores alike
+    # ---- data and model
+    tokenizer = common.load_tokenizer(args.model)
+    data = common.Data(args.task, args.data, tokenizer, args.length)
+    args.steps = args.steps or args.epochs * len(data.train) // args.batch_size
+    torch.manual_seed(args.seed)                        # of a head that is new
+    model = common.load_bert(args.model, data).to(device).train()
+    model.bert.embeddings.requires_grad_(False)         # as in movement pruning's official code
+    teacher = None
+    if args.teacher:
+        teacher = common.load_bert(args.teacher, data, teacher=True).to(device).eval()
+    print(f"{len(data.train)} training examples, {data.n_dev} to evaluate | {args.steps} steps of "
+          f"{args.batch_size} | lr {args.lr:g} | {args.model}")
+    layers = common.prunable(model)                     # {name: Linear}, six matrices a layer
+    groups = [{"params": list(model.parameters()), "lr": args.lr, "initial_lr": args.lr}]
+    state = {}                                          # what the method keeps in a checkpoint
+
+    # <method: setup>
+    # no mask and no score if V = 1: dense fine-tuning
+    gated = [Gated(layer.weight) for layer in layers.values() if args.sparsity < 1]
+    for layer, m in zip(layers.values(), gated):
+        parametrize.register_parametrization(layer, "weight", m)
+    scores = [m.scores for m in gated]                                 # S: (out, in) each
+    # Ten times faster than in soft_mvp.py: a gate has to go from 2.197 down to -2.398.
+    groups.append({"params": scores, "lr": args.score_lr, "initial_lr": args.score_lr,
+                   "weight_decay": 0.0})
+    state.update(l1=0.0, l2=0.0)                                        # the multipliers
+    generator = torch.Generator(device)
+    # </method>
+
+    # ---- the run's folder
+    checkpoint = out / "checkpoint.pt"
+    if rank == 0 and not args.resume:
+        out.mkdir(parents=True, exist_ok=True)
+        for old in (checkpoint, out / "result.json"):
+            old.unlink(missing_ok=True)
+        log.write_text("")
+
+    # <method: before the loop>
+    # nothing: it prunes while it fine-tunes
+    # </method>
+
+    # ---- optimizer: no weight decay, so that the loss and the method alone move a weight
+    optimizer = torch.optim.AdamW(groups, eps=1e-8, weight_decay=0.0, fused=True)
+    trained = [p for group in groups for p in group["params"]]
+    net = model
+    if world > 1:
+        net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+
+    # ---- resume
+    saved = dict(step=0, seconds=0.0)
+    if args.resume and checkpoint.exists():
+        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        state.update(saved["state"])
+    if args.resume:                                     # 0: it was killed before a checkpoint
+        print(f"the run goes on from step {saved['step']}")
+
+    # ---- the loop: batch, dropout and lr depend on (seed, step) alone, as a resumed run needs
+    started = time.time() - saved["seconds"]
+    batches = data.batches(saved["step"], args.batch_size, args.seed)
+    for step in range(saved["step"], args.steps):
+        torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)
+        batch = data.collate(next(batches)[rank::world]).to(device)
+        factor = lr_factor(step, args.steps, args.warmup, args.lr_end)
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
+            group["lr"] = group["initial_lr"] * factor
 
         # <method: before forward>
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
-        # One draw a step, the same on all processes, from (seed, step) alone.
-        generator.manual_seed((args.seed * 1_000_003 + step) % 2 ** 63)
+        # One draw a step, the same on all ranks, from (seed, step) alone.
+        generator.manual_seed(args.seed * 1_000_003 + step)
         for m in gated:
             m.noise.uniform_(1e-4, 1 - 1e-4, generator=generator).logit_()
         # </method>
 
-        # Cross-entropy, or with a teacher 0.1 of it + 0.9 T^2 KL; in bf16 on a GPU.
-        with run.autocast():
-            loss = common.task_loss(net, batch, teacher)
+        with autocast:
+            loss = task_loss(net, batch, teacher)
 
         # <method: penalty>
-        penalty, h = 0.0, None
+        penalty = torch.tensor(0.0)
+        excess = None
         if args.penalty:
-            penalty, v = args.penalty * expected_l0(scores), None               # constant, not ramped; and no goal
+            penalty = args.penalty * expected_l0(scores)                # constant, not ramped
+            v = None                                                    # an outcome, not a goal
         elif gated:
-            d = expected_l0(scores)
-            h = (share_kept(scores) + d - d.detach()) / v - 1                   # the value of what is kept, the gradient of E[L0]
-            penalty = state["l1"] * h + state["l2"] * h ** 2
+            expected = expected_l0(scores)
+            # the value of the fraction kept, the gradient of E[L0]
+            kept = share_kept(scores) + expected - expected.detach()
+            excess = kept / v - 1
+            penalty = state["l1"] * excess + state["l2"] * excess ** 2
         # </method>
 
         optimizer.zero_grad()
@@ -223,32 +334,91 @@ def main(args):
         # nothing: the gate has a gradient of its own
         # </method>
 
-        # One norm over all that is trained, scores included, as in movement's official code; with clip = inf nothing is clipped.
-        nn.utils.clip_grad_norm_(trained, args.clip)
+        nn.utils.clip_grad_norm_(trained, args.clip)    # one norm over all that is trained
         optimizer.step()
 
         # <method: after step>
-        # Ascent: as long as too much is kept the push grows. l2 only grows, and so stiffens the spring about the goal.
-        if h is not None:
-            state["l1"] += args.ascent[0] * float(h.detach())
-            state["l2"] += args.ascent[1] * float(h.detach()) ** 2
+        # Ascent: while too much is kept the push grows. l2 only grows, and stiffens the spring.
+        if excess is not None:
+            state["l1"] += args.ascent[0] * excess.item()
+            state["l2"] += args.ascent[1] * excess.item() ** 2
         # </method>
 
-        # One line every ten seconds; what is kept is counted, not assumed. A checkpoint takes under 2 % of the time.
-        run.log(step + 1, loss, penalty, lambda: common.kept(weights)[1], v, args.lr * factor)
-        run.checkpoint(step + 1, model=model, optimizer=optimizer, state=state)
+        # ---- log line
+        done = step + 1
+        seconds = time.time() - started
+        if rank == 0 and (done % 50 == 0 or done == args.steps):
+            ms = 1000 * seconds / done
+            kept = common.count_kept(model)[1]
+            goal_text = "no goal" if v is None else f"goal {v:.1%}"
+            print(f"step {done:05d}/{args.steps:05d}  loss {loss:.4f}  penalty {penalty:.4f}  "
+                  f"kept {kept:.1%} ({goal_text})  lr {args.lr * factor:.1e}  {ms:.0f} ms  "
+                  f"eta {(args.steps - done) * ms / 60000:.0f}m", flush=True)
+            row = dict(step=done, loss=loss.item(), penalty=penalty.item(),
+                       kept=kept, goal=v, lr=args.lr * factor, seconds=seconds)
+            with open(log, "a") as file:
+                print(json.dumps(row), file=file)
+            if not torch.isfinite(loss):
+                raise SystemExit(f"the loss is {loss} at step {done}: give a smaller --lr")
+
+        # ---- checkpoint: under another name first, so that it is whole or not there
+        if rank == 0 and done % args.checkpoint_every == 0:
+            saved = dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
+                         state=state, step=done, seconds=seconds)
+            torch.save(saved, out / "checkpoint.part")
+            os.replace(out / "checkpoint.part", checkpoint)
 
     # <method: bake>
-    # What gap is left is closed at the threshold; then W * z, without noise, becomes W.
-    goal = args.sparsity if args.penalty is None else None
-    if goal and gated:
-        run.say(f"{close_gap(scores, goal):+d} gates were moved across the threshold, to keep {goal:.2%}")
-    for layer in weights.values() if gated else ():
+    # The gap that is left is closed; then W * z without noise becomes the weight of an nn.Linear.
+    goal = args.sparsity
+    if args.penalty:
+        goal = None
+    elif gated:
+        print(f"{close_gap(scores, goal):+d} gates were moved across the threshold")
+    for layer, _ in zip(layers.values(), gated):
         parametrize.remove_parametrizations(layer, "weight")
     # </method>
 
-    return common.report(run, task, model, goal)   # saves, reloads, counts, evaluates, prints RESULT
+    # ---- save, reload, count the zeros, evaluate
+    if world > 1:
+        torch.distributed.destroy_process_group()
+    if rank > 0:
+        return
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    model = type(model).from_pretrained(out).to(device)
+    kept_per_layer, kept, n_prunable = common.count_kept(model)
+    with autocast:
+        metrics = data.evaluate(model)
+    for name, share in kept_per_layer.items():
+        print(f"{name:50s} kept {share:7.2%} {'#' * round(40 * share)}")
+    seconds = time.time() - started
+    scores = " ".join(f"{name} {value:.1f}" for name, value in metrics.items())
+    line = (f"RESULT {method} {args.task} keeps {kept:.2%} (prunes {1 - kept:.2%}) {scores} | "
+            f"{args.steps} steps {seconds:.0f} s seed {args.seed} | {out}")
+    missed = goal is not None and abs(kept - goal) > min(0.001, 0.05 * goal)
+    if missed:
+        line += f" | MISSED the goal of {goal:.2%}"
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
+    result = dict(
+        method=method, task=args.task,
+        kept=kept, kept_per_layer=kept_per_layer,
+        metrics=metrics,
+        seconds=seconds, ms_per_step=ms,
+        n_train=len(data.train), n_dev=data.n_dev,
+        n_prunable=n_prunable,
+        device=args.device,
+        threads=torch.get_num_threads(),
+        versions=versions,
+        args=vars(args) | {"goal": goal},
+        line=line
+    )
+    (out / "result.json").write_text(json.dumps(result, indent=1))
+    checkpoint.unlink(missing_ok=True)
+    print(line)
+    if missed:
+        sys.exit(3)
 
 
 if __name__ == "__main__":
-    common.launch(main, flags().parse_args())
+    main(flags().parse_args())

@@ -1,252 +1,406 @@
 """Mixture Gaussian prior pruning (MGPP) of BERT, in one file.
-
-Zhang, Sun and Liang 2024 (arXiv 2411.00969). First author's code: MingxuanZhangPurdue/PTMGP at b3700cc02f, class MWA.
-
-Result     Embedded squad, F1: 3.00 % 61.5, 59.1, 60.3; 10.00 % 80.8, 81.6, 82.2 (dense 99.4, 98.8, 98.7; seeds 0, 1, 2; 1,000 steps).
-           SST-2 with a 6-layer MiniLM, accuracy: 3.00 % 50.9, 50.9, 50.9; 10.00 % 76.5, 76.7, 76.0 (dense 87.0, 86.8, 87.6; seeds 0, 1, 2; 1,200 steps).
-           One CPU core, torch 2.13.0, transformers 5.23.0; commands in README. The paper's tables were not at hand.
-           Why 3 %, seed 0, embedded: with --mix 1 54.7; magnitude.py --scope global, no prior and no regrowth: 34.5. On SST-2 50.9 is chance.
-
-Idea       Give every weight a prior that is a thin spike at zero and a wide slab, and look for the most probable weights:
-               pi(w) = lam N(0, s1) + (1 - lam) N(0, s0)          s0 << s1, both variances
-               g(w)  = 1 / (1 + exp(c1 + c2 w^2))                 the spike's share of the density at w
-               -grad log pi(w) = w (g / s0 + (1 - g) / s1)        so 1 / s0 pulls inside the spike, 1 / s1 outside it
-               gradient = dL/dW - (1/n) grad log pi(W)            n training examples; the two then go through AdamW
-           At every interval-th step the smallest |w| of the whole network are set to 0, so that v_t of all remain. No mask:
-           a zeroed weight may regrow, if the loss pulls it out of the spike, until the last zeroing fixes what is kept.
-
-Why it is consistent, in plain words. With n examples the log-likelihood weighs n times one example's, the prior once. A weight
-that matters gains likelihood in proportion to n by not being zero: for large n it lies in the slab, whose pull w / (n s1)
-fades, so that, unlike under a fixed l1 or L2 penalty, it is not biased towards zero. A weight that does not matter gains next
-to nothing wherever it lies, while the spike is denser than the slab by a factor sqrt(s1 / s0), 22,000 here: it ends in the
-spike, within sqrt(s0) of zero. If lam and s0 shrink at the right pace as n grows, the posterior piles up on the sparse network
-that made the data. What that does not promise: it speaks of the posterior as n grows, not of where AdamW stops from one
-pre-trained start; of a true network far smaller than n, and here 85 million weights meet 88 thousand questions; and of no
-number of weights: here the share kept is a schedule's, and the spike mostly holds down what the schedule has zeroed.
-
-Symbols    weight      W           (out, in)   one of six matrices a layer
-           lam         lambda      weight of the slab, 0.1 -> 1e-4 while pruning; --mix fixes it, 1 is plain L2
-           spike, slab s0, s1      sigma_0^2 and sigma_1^2: variances, not standard deviations
-           v           1 - (the paper's sparsity)      share kept: 1 until t_i, then v_i -> v_f on the cubic
-
-Unlike magnitude.py: zeros are written into the weights themselves, now and then, over all matrices at once, and come back if
-the loss wants them; the prior's gradient holds them down; no clipping.
-Ranking all matrices together is also what it can fail by. Where their scales differ much it empties some of them: of the MiniLM's first
-value matrix 0.3 % is left at 3 % in all, and SST-2 falls to chance, 50.9; plain magnitude.py --scope global falls to the same 50.9.
-Differs from the code: exactly round(v n) weights remain, ties included. Embeddings have neither prior nor pruning there and here, but
-train there, and are frozen here as in the other five. t_f is 0 in its scripts, and so here under --preset paper; the mini preset has the
-other scripts' schedule, lr and warm-up, and the paper's prior.
-Left out: the two later variants' ramp of the prior's strength; their constants are flags (Dec 2023: --mix 1e-7 --spike 1e-12; Oct 2024:
---mix 1e-3). Which variant made the paper's tables is not known.
-
-Run        python mgpp.py --task squad --sparsity 0.03                               embedded BERT and data, CPU, about two minutes
-           python mgpp.py --mix 1                                                    plain L2 instead of the mixture: the paper's comparison
-           torchrun --standalone --nproc_per_node=2 mgpp.py --preset paper           bert-base-uncased, the whole of SQuAD
-           The last line printed: RESULT mgpp squad keeps 3.00% (prunes 97.00%) EM .. F1 .. | steps, seconds, seed | folder
 """
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
 import torch
+import transformers
 from torch import nn
+
 # <method: imports>
 import math
 
-import numpy as np
+import torch.nn.functional as F
+
 # </method>
-
 import common
-
 
 # ---- flags
 
 # <method: hyper-parameters>
-# The paper's table where it has the task (t_i is counted there in epochs or steps: 11,000 of SQuAD's 55,000); "*" and the mini preset's
-# are ours, and what other scripts have too is the same there. warmup, lr_end: the paper's lr only falls, to a tenth of its peak.
-# v_i: share kept at the first zeroing. spike, slab: variances. interval: in steps. clip: none. length: in tokens.
-MINI = dict(steps=1000, batch_size=32, lr=5e-4, length=128, warmup=0.05, lr_end=0.0, t_i=0.05, t_f=0.3, clip=math.inf,
-            v_i=0.7, spike=1e-10, slab=0.05, interval=10)
-PAPER = dict(epochs=6, batch_size=32, lr=5e-5, length=128, warmup=0.0, lr_end=0.1, t_i=0.1, t_f=0.0, clip=math.inf,
-             v_i=0.7, spike=1e-10, slab=0.05, interval=100)
-HYPER = {"mini": {"*": MINI, "mnli": dict(steps=3000), "qqp": dict(steps=3000)},
-         "paper": {"*": PAPER,
-                   "squad": dict(epochs=10, batch_size=16, length=384, t_i=0.2, v_i=0.5),
-                   "mnli": dict(epochs=8, t_i=0.125),
-                   "qqp": dict(epochs=10, t_i=0.2),
-                   "qnli": dict(epochs=10, t_i=0.2, v_i=0.5, spike=1e-9),
-                   "sst2": dict(lr_end=0.01, t_i=0.08, spike=1e-9, slab=0.1, interval=10)}}
+# The paper's table where it has the task; the rest, and the mini preset, are ours.
+# warmup: fraction of the steps in which lr rises. lr_end: fraction of lr left at the last step.
+# t_i, t_f: fractions of the steps before pruning begins and after it has ended.
+# v_i: fraction kept at the first zeroing. spike, slab: variances. interval: steps between zeroings.
+# length: tokens in a text. clip: nothing is clipped.
+MINI = dict(
+    model=str(common.MINI / "bert"),
+    data=str(common.MINI),
+    steps=1000, batch_size=32, lr=5e-4,
+    length=128, warmup=0.05, lr_end=0.0, clip=math.inf,
+    t_i=0.05, t_f=0.3, v_i=0.7,
+    spike=1e-10, slab=0.05, interval=10,
+)
+PAPER = MINI | dict(
+    model="bert-base-uncased",
+    data="data",
+    steps=None, epochs=6, lr=5e-5,
+    warmup=0.0, lr_end=0.1,
+    t_i=0.1, t_f=0.0, interval=100,
+)
+HYPER = {
+    "mini": {"*": MINI, "mnli": dict(steps=3000), "qqp": dict(steps=3000)},
+    "paper": {
+        "*": PAPER,
+        "squad": dict(epochs=10, batch_size=16, length=384,
+                      t_i=0.2, v_i=0.5),
+        "mnli": dict(epochs=8, t_i=0.125),
+        "qqp": dict(epochs=10, t_i=0.2),
+        "qnli": dict(epochs=10, t_i=0.2, v_i=0.5,
+                     spike=1e-9),
+        "sst2": dict(lr_end=0.01, t_i=0.08,
+                     spike=1e-9, slab=0.1, interval=10),
+    },
+}
 # </method>
 
 
 def flags():
-    """The command line. A flag left out takes the preset's value from HYPER."""
-    p = common.Parser(__doc__)
-    # what to do
-    p.add_argument("--task", default="squad", choices=common.TASKS, help="tsv: your own DIR/tsv/{train,dev}.tsv")
-    p.add_argument("--sparsity", default=0.03, type=common.number(float, 0, 1), metavar="V",
-                   help="share of the prunable weights KEPT: 0.03 keeps 3.00 %%, prunes 97.00 %%; 1 is dense fine-tuning")
-    # from what: the embedded BERT and data (mini), or bert-base-uncased and the whole task (paper); the rest overrides one thing
-    p.add_argument("--preset", choices=["mini", "paper"], help="default: paper where CUDA is here, else mini")
-    p.add_argument("--model", help="a BERT by hub name or folder; default: the preset's")
-    p.add_argument("--data", metavar="DIR", help="folder of the data files; default: the preset's")
-    p.add_argument("--teacher", metavar="DIR", help="distil from the fine-tuned model in DIR")
-    # where to, and how
-    p.add_argument("--out", metavar="DIR", help="default: out/<script>-<task>-<V>-s<seed>")
-    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    p.add_argument("--seed", default=0, type=common.number(int, 0))
-    p.add_argument("--steps", type=common.number(int, 1), help="overrides the preset's steps or epochs")
-    p.add_argument("--batch_size", type=common.number(int, 1))
-    p.add_argument("--lr", type=common.number(float, 0), help="of the weights")
-    p.add_argument("--device", help="cpu, cuda, cuda:1; default: cuda where it is here")
+    """The command line. A flag that is left out takes its value from HYPER."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--task", default="squad", choices=common.TASKS,
+        help="tsv: your own DIR/tsv/train.tsv and dev.tsv, with --data DIR")
+    add("--sparsity", type=float, default=0.03, metavar="V",
+        help="fraction of the prunable weights KEPT: 0.03 keeps 3.00%% and prunes 97.00%%")
+    cuda = torch.cuda.is_available()
+    add("--preset", choices=["mini", "paper"], default="paper" if cuda else "mini",
+        help="default: paper where CUDA is there, else mini")
+    add("--model")                              # a BERT: a folder, or a name on the hub
+    add("--data")                               # the folder of the data files
+    add("--out")                                # default: out/<script>-<task>-<V>-s<seed>
+    add("--seed", type=int, default=0)
+    add("--steps", type=int)                    # overrides the preset's steps or epochs
+    add("--batch_size", type=int)               # of all processes together
+    add("--lr", type=float)                     # the highest, of the weights
+    add("--device", default="cuda" if cuda else "cpu")
+    add("--teacher", help="distil from the fine-tuned model in this folder")
+    add("--resume", action="store_true")        # go on from the last checkpoint in --out
+    add("--checkpoint_every", type=int, default=500)
     # <method: flags>
-    p.add_argument("--mix", type=common.number(float, 0, 1), metavar="LAM",
-                   help="weight of the slab, fixed; 1 is plain L2; default: 0.1 falling to 1e-4")
-    p.add_argument("--spike", type=common.number(float, 0), metavar="S0", help="variance of the spike")
-    p.add_argument("--slab", type=common.number(float, 0), metavar="S1", help="variance of the slab")
-    p.add_argument("--interval", type=common.number(int, 1), help="steps from one zeroing to the next")
+    add("--mix", type=float, help="weight of the slab; default: falls from 0.1 to 1e-4; 1 is L2")
+    add("--spike", type=float, help="variance of the spike")
+    add("--slab", type=float, help="variance of the slab")
+    add("--interval", type=int, help="steps between two zeroings")
     # </method>
-    return p
+    return parser
 
 
 # <method: definitions>
 # ---- method
 
-def schedule(step, steps, v, t_i, t_f, v_i):
-    """The share that remains after a zeroing at this step: 1 before t_i * steps, then from v_i on the cubic down to v."""
+def lr_factor(step, steps, warmup, lr_end):
+    """The learning rate as a fraction of its peak: linear up from 0, then linear down to lr_end."""
+    rise = (step + 1) / max(1, warmup * steps)
+    fall = (1 - lr_end) * (steps - step) / max(1, steps - warmup * steps)
+    return min(1.0, rise, lr_end + fall)
+
+
+def task_loss(net, batch, teacher, T=2.0):
+    """The task's loss; with a teacher 0.1 of it + 0.9 T^2 KL(teacher || student).
+
+    T: temperature. SQuAD takes the mean KL of start and end. STS-B has one logit: its KL is 0.
+    """
+    out = net(**batch)
+    if teacher is None:
+        return out.loss
+    with torch.no_grad():
+        target = teacher(**batch)
+    names = [name for name in out if name.endswith("logits")]
+    kl = 0.0
+    for name in names:
+        student = F.log_softmax(out[name].float() / T, dim=-1)
+        taught = F.softmax(target[name].float() / T, dim=-1)
+        kl += T * T * F.kl_div(student, taught, reduction="batchmean") / len(names)
+    return 0.1 * out.loss + 0.9 * kl
+
+
+def schedule(step, steps, v_f, t_i, t_f, v_i):
+    """v, the fraction left by a zeroing at this step: 1 until t_i, then from v_i down a cubic."""
     done = (step - t_i * steps) / max(1.0, (1 - t_i - t_f) * steps)
-    return 1.0 if done < 0 else v + (max(v_i, v) - v) * (1 - min(done, 1.0)) ** 3
+    if done < 0:
+        return 1.0
+    return v_f + (max(v_i, v_f) - v_f) * (1 - min(done, 1.0)) ** 3
 
 
 def mixing_weight(step, steps, t_i, t_f, first=0.1, last=1e-4):
-    """lam, the weight of the slab: linearly from first to last while the schedule prunes."""
-    done = min(max((step - t_i * steps) / max(1.0, (1 - t_i - t_f) * steps), 0.0), 1.0)
+    """lam, the weight of the slab: falls linearly from first to last while weights are pruned."""
+    done = (step - t_i * steps) / max(1.0, (1 - t_i - t_f) * steps)
+    done = min(max(done, 0.0), 1.0)
     return first + (last - first) * done
 
 
 def prior_gradient(w, lam, s0, s1):
-    """-grad log pi(w) of pi = lam N(0, s1) + (1 - lam) N(0, s0), not yet divided by n. Same shape as w.
-
-    lam in (0, 1], s0 and s1 variances. g is a sigmoid, so that nothing overflows: not at w = 0, not at any w, not with s0 = 1e-12."""
+    """-grad log pi(w) of the prior lam N(0, s1) + (1 - lam) N(0, s0), 0 < lam <= 1; w's shape."""
     if lam == 1:
-        return w / s1                                               # no spike: plain L2
+        return w / s1                           # no spike: plain L2
     c1 = math.log(lam / (1 - lam)) + 0.5 * math.log(s0 / s1)
     c2 = 0.5 / s0 - 0.5 / s1
-    g = torch.sigmoid(-c1 - c2 * w * w)                             # (out, in), in [0, 1]
-    return w * (1 / s1 + g * (1 / s0 - 1 / s1))                     # = w (g / s0 + (1 - g) / s1)
+    g = torch.sigmoid(-c1 - c2 * w * w)         # the spike's share of the density at w
+    return w * (1 / s1 + g * (1 / s0 - 1 / s1))                         # w (g / s0 + (1 - g) / s1)
 
 
 def kth_largest(x, k):
-    """The k-th largest element of a flat tensor, exactly, 1 <= k <= n: by selection (what a full sort would cost: tests/bench.py)."""
-    n = x.numel()
-    if x.device.type == "cpu":
-        # numpy selects with vector instructions, torch without
-        return x.new_tensor(np.partition(x.detach().numpy(), n - k)[n - k])
-    # On a GPU topk selects with all of the chip, and kthvalue with one block of threads; of the smaller side.
-    return x.topk(k, sorted=False).values.min() if 2 * k <= n else x.topk(n - k + 1, largest=False, sorted=False).values.max()
+    """The k-th largest of the n elements of a flat tensor, 1 <= k <= n, selected without a sort."""
+    if x.device.type == "cpu":                  # numpy's selection is the fastest there
+        place = len(x) - k
+        return x.new_tensor(np.partition(x.numpy(), place)[place])
+    return x.topk(k, sorted=False).values.min()
 
 
 def top_v(scores, v):
-    """M = Top_v(S): True for exactly round(v n) elements (at least 1), the largest; of ties the first. Same shape as scores."""
+    """M = Top_v(S): True for the largest round(v n), 1 at least, of n elements; of ties the first.
+    """
     flat = scores.flatten()
-    k = max(1, round(v * flat.numel()))
+    k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)
     mask = flat >= threshold
-    surplus = int(torch.count_nonzero(mask)) - k                    # ties with the k-th element, the last of which go
-    if surplus:
+    surplus = int(torch.count_nonzero(mask)) - k
+    if surplus:                                 # ties with the k-th: drop the last ones
         mask[(flat == threshold).nonzero().flatten()[-surplus:]] = False
     return mask.view_as(scores)
 
 
 @torch.no_grad()
-def zero_smallest(dense, v):
-    """Set the smallest |w| of all matrices together to 0, so that round(v n) of all n weights remain."""
-    # all weights in one row, (n,), ranked, and cut up again
-    remains = top_v(torch.cat([w.flatten() for w in dense]).abs_(), v).split([w.numel() for w in dense])
-    for w, r in zip(dense, remains):
-        w.mul_(r.view_as(w))
+def zero_smallest(weights, v):
+    """Set the smallest |w| of all matrices together to 0, so that round(v n) of all n remain."""
+    row = torch.cat([w.flatten() for w in weights]).abs_()              # (n,)
+    for w, stays in zip(weights, top_v(row, v).split([w.numel() for w in weights])):
+        w.mul_(stays.view_as(w))
 # </method>
 
 
 # ---- run
 
 def main(args):
-    """Fine-tune, prune meanwhile, save. Returns the exit status: 0, or 3 if the goal was missed."""
-    run = common.Run(__file__, args, HYPER)             # preset, device, processes, --out; prints the first line
-    task = common.Task(run)                             # features, batches, metrics
-    model = common.load_bert(run, task)                 # with the task's head, new unless --model has it; embeddings frozen
-    teacher = common.load_teacher(run, task)            # None without --teacher
-    weights = common.prunable(model)                    # {name: Linear}, the six matrices of every encoder layer
-    # All that is not frozen learns at args.lr times the schedule's factor; a method may add groups with peaks of their own.
-    groups = [{"params": [p for p in model.parameters() if p.requires_grad], "peak": args.lr}]
-    state = {}                                          # what the method has to remember over a --resume
+    """Fine-tune, prune, save and evaluate. Exits with status 3 if the goal was missed."""
+    # ---- preset
+    typed = {name: value for name, value in vars(args).items() if value is not None}
+    hyper = HYPER[args.preset]["*"] | HYPER[args.preset].get(args.task, {})
+    args = argparse.Namespace(**(vars(args) | hyper | typed))
+    method = Path(__file__).stem
+    out = Path(args.out or f"out/{method}-{args.task}-{args.sparsity:g}-s{args.seed}")
 
-    # <method: setup>
-    dense = [layer.weight for layer in weights.values()]            # W: (out, in) each; they are pruned in place
-    freeze = round((1 - args.t_f) * args.steps)                     # after so many steps the zeros are final
-    n = len(task.train)                                             # training examples: rows, or windows of SQuAD
-    common.demand(args.spike < args.slab, f"--spike {args.spike} is not below --slab {args.slab}: both are variances, the spike's the smaller")
+    # ---- mistakes that can be seen before anything is loaded
+    numbers = {args.sparsity, args.lr, args.batch_size, args.checkpoint_every, args.steps}
+    if min(numbers - {None}) <= 0 or args.sparsity > 1:
+        raise SystemExit("--sparsity is the fraction KEPT, above 0 and at most 1; --steps, --lr, "
+                         "--batch_size and --checkpoint_every must be above 0")
+    inputs = map(os.path.realpath, (args.model, args.teacher or ""))
+    if os.path.realpath(out) in inputs:
+        raise SystemExit(f"--out {out} is the --model or --teacher folder too: give another")
+    log = out / "log.jsonl"
+    if args.resume and (not log.exists() or (out / "result.json").exists()):
+        raise SystemExit(f"--resume: {out} holds no unfinished run: leave --resume out")
+    if any(out.glob("*")) and not log.exists():
+        raise SystemExit(f"--out {out} holds something other than a run: give a new folder")
+    # <method: checks>
+    if not 0 < args.spike < args.slab:
+        raise SystemExit("--spike must be above 0 and below --slab: both are variances")
     # </method>
 
-    # No weight decay (AdamW's default is 0.01): what the loss and the method do not move stays. fused: all of Adam in one pass.
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, eps=1e-8, weight_decay=0.0, fused=True)
-    trained = [p for group in groups for p in group["params"]]
-    net = run.parallel(model)
+    # ---- devices and processes: torchrun sets RANK, LOCAL_RANK and WORLD_SIZE
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.zeros(1, device=args.device).device
+    except Exception as error:
+        raise SystemExit(f"--device {args.device} is not there ({error}): give another") from None
+    # bf16 where the hardware multiplies in it; but the mini preset on a CPU is fp32 everywhere
+    bf16 = args.preset == "paper" and torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")              # rank 0 alone prints, downloads and saves
+    print(f"{method} {args.task}: keeps {args.sparsity:.2%} (prunes {1 - args.sparsity:.2%}) | "
+          f"preset {args.preset} (CUDA: {torch.cuda.is_available()}) | {device} x {world} | "
+          f"seed {args.seed}")
+    if 0.5 < args.sparsity < 1:
+        print(f"--sparsity is the fraction KEPT: did you mean {1 - args.sparsity:g}?")
+    if args.preset == "paper" and rank == 0:
+        common.download(args.task, args.data)
+    if world > 1:                                       # waits for all ranks
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
-    # Batch, dropout and learning rate depend on (seed, step) alone, so that a resumed run ends in the same bytes.
-    for step in range(run.restore(model=model, optimizer=optimizer, state=state), args.steps):
-        run.seed_step(step)
-        batch = task.batch(step)
-        factor = common.lr_factor(step, args.steps, args.warmup, args.lr_end)    # of weights and scores alike
+    # ---- data and model
+    tokenizer = common.load_tokenizer(args.model)
+    data = common.Data(args.task, args.data, tokenizer, args.length)
+    args.steps = args.steps or args.epochs * len(data.train) // args.batch_size
+    torch.manual_seed(args.seed)                        # of a head that is new
+    model = common.load_bert(args.model, data).to(device).train()
+    model.bert.embeddings.requires_grad_(False)         # as in movement pruning's official code
+    teacher = None
+    if args.teacher:
+        teacher = common.load_bert(args.teacher, data, teacher=True).to(device).eval()
+    print(f"{len(data.train)} training examples, {data.n_dev} to evaluate | {args.steps} steps of "
+          f"{args.batch_size} | lr {args.lr:g} | {args.model}")
+    layers = common.prunable(model)                     # {name: Linear}, six matrices a layer
+    groups = [{"params": list(model.parameters()), "lr": args.lr, "initial_lr": args.lr}]
+    state = {}                                          # what the method keeps in a checkpoint
+
+    # <method: setup>
+    weights = [layer.weight for layer in layers.values()]   # W: (out, in) each, pruned in place
+    freeze = round((1 - args.t_f) * args.steps)             # the last zeroing
+    n = len(data.train)                                     # training examples
+    # </method>
+
+    # ---- the run's folder
+    checkpoint = out / "checkpoint.pt"
+    if rank == 0 and not args.resume:
+        out.mkdir(parents=True, exist_ok=True)
+        for old in (checkpoint, out / "result.json"):
+            old.unlink(missing_ok=True)
+        log.write_text("")
+
+    # <method: before the loop>
+    # nothing: it prunes while it fine-tunes
+    # </method>
+
+    # ---- optimizer: no weight decay, so that the loss and the method alone move a weight
+    optimizer = torch.optim.AdamW(groups, eps=1e-8, weight_decay=0.0, fused=True)
+    trained = [p for group in groups for p in group["params"]]
+    net = model
+    if world > 1:
+        net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+
+    # ---- resume
+    saved = dict(step=0, seconds=0.0)
+    if args.resume and checkpoint.exists():
+        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        state.update(saved["state"])
+    if args.resume:                                     # 0: it was killed before a checkpoint
+        print(f"the run goes on from step {saved['step']}")
+
+    # ---- the loop: batch, dropout and lr depend on (seed, step) alone, as a resumed run needs
+    started = time.time() - saved["seconds"]
+    batches = data.batches(saved["step"], args.batch_size, args.seed)
+    for step in range(saved["step"], args.steps):
+        torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)
+        batch = data.collate(next(batches)[rank::world]).to(device)
+        factor = lr_factor(step, args.steps, args.warmup, args.lr_end)
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
+            group["lr"] = group["initial_lr"] * factor
 
         # <method: before forward>
         v = schedule(step + 1, args.steps, args.sparsity, args.t_i, args.t_f, args.v_i)
         lam = args.mix or mixing_weight(step, args.steps, args.t_i, args.t_f)
-        # Past the last zeroing: what is zero now stays so.
-        frozen = [w != 0 for w in dense] if step >= freeze and args.sparsity < 1 else None
+        frozen = step >= freeze and args.sparsity < 1
+        if frozen:
+            remains = [w != 0 for w in weights]                         # (out, in) each
         # </method>
 
-        # Cross-entropy, or with a teacher 0.1 of it + 0.9 T^2 KL; in bf16 on a GPU.
-        with run.autocast():
-            loss = common.task_loss(net, batch, teacher)
+        with autocast:
+            loss = task_loss(net, batch, teacher)
 
         # <method: penalty>
-        penalty = 0.0                                               # the prior's gradient is written down below instead
+        penalty = torch.tensor(0.0)
         # </method>
 
         optimizer.zero_grad()
         (loss + penalty).backward()
 
         # <method: gradient>
-        # MAP: the gradient of the mean loss and 1/n of the prior's, together into AdamW's moments: not decoupled, as in the code.
+        # MAP: the prior's gradient enters AdamW's moments with the loss's, not decoupled.
         if args.sparsity < 1:
-            for w in dense:
-                w.grad.add_(prior_gradient(w.detach(), lam, args.spike, args.slab), alpha=1 / n)
+            for w in weights:
+                prior = prior_gradient(w.detach(), lam, args.spike, args.slab)
+                w.grad.add_(prior, alpha=1 / n)
         # </method>
 
-        # One norm over all that is trained, scores included, as in movement's official code; with clip = inf nothing is clipped.
-        nn.utils.clip_grad_norm_(trained, args.clip)
+        nn.utils.clip_grad_norm_(trained, args.clip)    # one norm over all that is trained
         optimizer.step()
 
         # <method: after step>
-        # A zeroing, and no mask after it: AdamW's moments live on, and by the next one most weights have left zero again.
+        # No mask after a zeroing: AdamW's moments live on, and a zeroed weight may grow again.
         if frozen:
-            for w, stays in zip(dense, frozen):
+            for w, stays in zip(weights, remains):
                 w.data.mul_(stays)
-        elif v < 1 and ((step + 1) % args.interval == 0 or step + 1 == freeze):
-            zero_smallest(dense, v)
+        elif v < 1 and ((step + 1) % args.interval == 0 or (step + 1) == freeze):
+            zero_smallest(weights, v)
         # </method>
 
-        # One line every ten seconds; what is kept is counted, not assumed. A checkpoint takes under 2 % of the time.
-        run.log(step + 1, loss, penalty, lambda: common.kept(weights)[1], v, args.lr * factor)
-        run.checkpoint(step + 1, model=model, optimizer=optimizer, state=state)
+        # ---- log line
+        done = step + 1
+        seconds = time.time() - started
+        if rank == 0 and (done % 50 == 0 or done == args.steps):
+            ms = 1000 * seconds / done
+            kept = common.count_kept(model)[1]
+            goal_text = "no goal" if v is None else f"goal {v:.1%}"
+            print(f"step {done:05d}/{args.steps:05d}  loss {loss:.4f}  penalty {penalty:.4f}  "
+                  f"kept {kept:.1%} ({goal_text})  lr {args.lr * factor:.1e}  {ms:.0f} ms  "
+                  f"eta {(args.steps - done) * ms / 60000:.0f}m", flush=True)
+            row = dict(step=done, loss=loss.item(), penalty=penalty.item(),
+                       kept=kept, goal=v, lr=args.lr * factor, seconds=seconds)
+            with open(log, "a") as file:
+                print(json.dumps(row), file=file)
+            if not torch.isfinite(loss):
+                raise SystemExit(f"the loss is {loss} at step {done}: give a smaller --lr")
+
+        # ---- checkpoint: under another name first, so that it is whole or not there
+        if rank == 0 and done % args.checkpoint_every == 0:
+            saved = dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
+                         state=state, step=done, seconds=seconds)
+            torch.save(saved, out / "checkpoint.part")
+            os.replace(out / "checkpoint.part", checkpoint)
 
     # <method: bake>
-    # Nothing to bake: the zeros are in the weights. (One more zeroing for runs too short to have had their last.)
+    # The zeros are in the weights already; this zeroing is for runs too short to have had a last.
     goal = args.sparsity
-    zero_smallest(dense, goal)
+    zero_smallest(weights, goal)
     # </method>
 
-    return common.report(run, task, model, goal)   # saves, reloads, counts, evaluates, prints RESULT
+    # ---- save, reload, count the zeros, evaluate
+    if world > 1:
+        torch.distributed.destroy_process_group()
+    if rank > 0:
+        return
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    model = type(model).from_pretrained(out).to(device)
+    kept_per_layer, kept, n_prunable = common.count_kept(model)
+    with autocast:
+        metrics = data.evaluate(model)
+    for name, share in kept_per_layer.items():
+        print(f"{name:50s} kept {share:7.2%} {'#' * round(40 * share)}")
+    seconds = time.time() - started
+    scores = " ".join(f"{name} {value:.1f}" for name, value in metrics.items())
+    line = (f"RESULT {method} {args.task} keeps {kept:.2%} (prunes {1 - kept:.2%}) {scores} | "
+            f"{args.steps} steps {seconds:.0f} s seed {args.seed} | {out}")
+    missed = goal is not None and abs(kept - goal) > min(0.001, 0.05 * goal)
+    if missed:
+        line += f" | MISSED the goal of {goal:.2%}"
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
+    result = dict(
+        method=method, task=args.task,
+        kept=kept, kept_per_layer=kept_per_layer,
+        metrics=metrics,
+        seconds=seconds, ms_per_step=ms,
+        n_train=len(data.train), n_dev=data.n_dev,
+        n_prunable=n_prunable,
+        device=args.device,
+        threads=torch.get_num_threads(),
+        versions=versions,
+        args=vars(args) | {"goal": goal},
+        line=line
+    )
+    (out / "result.json").write_text(json.dumps(result, indent=1))
+    checkpoint.unlink(missing_ok=True)
+    print(line)
+    if missed:
+        sys.exit(3)
 
 
 if __name__ == "__main__":
-    common.launch(main, flags().parse_args())
+    main(flags().parse_args())

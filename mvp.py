@@ -1,151 +1,174 @@
 """Movement pruning of BERT, in one file.
-
-Sanh, Wolf and Rush 2020, arXiv 2005.07683, sections 3 and 4, eq. 2 to 5. Official code: huggingface/transformers-research-projects,
-movement-pruning, at fccd0cdab0 (masked BERT with the "topK" mask).
-
-Result     Embedded squad, F1: 3.00 % 81.3, 80.6, 79.3; 10.00 % 91.3, 27.1, 91.9 (dense 99.4, 98.8, 98.7; seeds 0, 1, 2; 1,000 steps).
-           SST-2 with a 6-layer MiniLM, accuracy: 3.00 % 78.0, 76.6, 78.8; 10.00 % 50.9, 50.9, 50.9 (dense 87.0, 86.8, 87.6; seeds 0, 1, 2; 1,200 steps).
-           One CPU core, torch 2.13.0, transformers 5.23.0; commands in README. The paper, BERT-base, SQuAD at 3 %:
-           EM 65.2 F1 76.3 (dense F1 88.1).
-           --scope global, embedded: 3.00 % 89.1, 91.2, 89.5; 10.00 % 93.7, 94.3, 92.6.
-
-Idea       Magnitude asks which weights are large; movement asks which weights fine-tuning makes larger. Each weight gets a
-           score S, learned with it, and the network computes with the weights of the largest scores:
-               M  = Top_v(S)
-               a  = (W * M) x
-           M is a step function of S, so its gradient is replaced by that of the identity (straight through):
-               dL/dS = dL/dW' * W            W' = W * M; for every weight, masked or not
-               dL/dW = dL/dW' * M            for the kept weights alone
-           Gradient descent then gives S = -lr_S * sum over steps of (dL/dW) W: it grows where the weight moves away
-           from 0 and shrinks where it moves towards 0. A masked weight whose score recovers comes back.
-
-Symbols    weight      W           (out, in)   one of six matrices a layer
-           scores      S           (out, in)   importance, 0 at the start, learned at --score_lr
-           mask        M           (out, in)   0 or 1
-           v           v, v^(t)    share kept, on the cubic schedule of eq. 5; --sparsity is the last one
-
-Unlike magnitude.py: the ranking is by learned scores, which have a learning rate of their own, instead of |W|; the backward pass of
-the mask is written out. Schedule, Top_v and all the rest are the same: diff the two files.
-
-Differs from the official code: t_i and t_f are shares of the run; exactly round(v n) are kept, ties included (all scores are equal
-at the first step); the mask is found once a step, by a selection instead of a full sort at each forward pass.
-Left out: the other starts and shapes of the scores that the official flags offer (the paper uses zeros, one a weight).
-
-Run        python mvp.py                                                            embedded BERT and data, CPU, about two minutes
-           python mvp.py --scope global --teacher out/magnitude-squad-1-s0          one Top_v over all matrices; distilled
-           torchrun --standalone --nproc_per_node=2 mvp.py --preset paper           bert-base-uncased, the whole of SQuAD
-           The last line printed: RESULT mvp squad keeps 3.00% (prunes 97.00%) EM .. F1 .. | steps, seconds, seed | folder
 """
-import torch
-from torch import nn
-# <method: imports>
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
+import torch
+import transformers
+from torch import nn
+
+# <method: imports>
+import torch.nn.functional as F
 from torch.nn.utils import parametrize
+
 # </method>
-
 import common
-
 
 # ---- flags
 
 # <method: hyper-parameters>
-# The paper's, from the authors' run sheet; the rows of other tasks and the mini preset's are ours, the same in all scripts.
-# warmup, t_i and t_f are shares of the run (the paper counts steps: on SQuAD 5,400 of 55,000, t_i once and t_f twice that).
-# lr_end: share of lr left at the last step. clip: one norm over all that is trained, scores included. length: in tokens.
-MINI = dict(steps=1000, batch_size=32, lr=5e-4, score_lr=1e-2, length=128, warmup=0.05, lr_end=0.0, t_i=0.05, t_f=0.3, clip=1.0)
-PAPER = dict(epochs=6, batch_size=32, lr=3e-5, score_lr=1e-2, length=128, warmup=0.05, lr_end=0.0, t_i=0.05, t_f=0.3, clip=1.0)
-HYPER = {"mini": {"*": MINI, "mnli": dict(steps=3000), "qqp": dict(steps=3000)},
-         "paper": {"*": PAPER,
-                   "squad": dict(epochs=10, batch_size=16, length=384, warmup=0.1, t_i=0.1, t_f=0.2),
-                   "mnli": dict(warmup=0.16, t_i=0.16, t_f=0.16),
-                   "qqp": dict(epochs=10, lr=3e-6, warmup=0.1, t_i=0.2, t_f=0.3)}}
+# The paper's, from the authors' run sheet. The mini preset and the tasks under "*", which the paper
+# did not run, are ours, and the same in all six scripts.
+# warmup: fraction of the steps in which lr rises. lr_end: fraction of lr left at the last step.
+# t_i, t_f: fractions of the steps before pruning begins and after it has ended.
+# score_lr: peak learning rate of the scores.
+# length: tokens in a text. clip: the norm to which all gradients together are clipped.
+MINI = dict(
+    model=str(common.MINI / "bert"),
+    data=str(common.MINI),
+    steps=1000, batch_size=32, lr=5e-4,
+    length=128, warmup=0.05, lr_end=0.0, clip=1.0,
+    t_i=0.05, t_f=0.3,
+    score_lr=1e-2
+)
+PAPER = MINI | dict(
+    model="bert-base-uncased",
+    data="data",
+    steps=None, epochs=6, lr=3e-5
+)
+HYPER = {
+    "mini": {"*": MINI, "mnli": dict(steps=3000), "qqp": dict(steps=3000)},
+    "paper": {
+        "*": PAPER,
+        "squad": dict(epochs=10, batch_size=16, length=384,
+                      warmup=0.1, t_i=0.1, t_f=0.2),
+        "mnli": dict(warmup=0.16, t_i=0.16, t_f=0.16),
+        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1, t_i=0.2, t_f=0.3),
+    },
+}
 # </method>
 
 
 def flags():
-    """The command line. A flag left out takes the preset's value from HYPER."""
-    p = common.Parser(__doc__)
-    # what to do
-    p.add_argument("--task", default="squad", choices=common.TASKS, help="tsv: your own DIR/tsv/{train,dev}.tsv")
-    p.add_argument("--sparsity", default=0.03, type=common.number(float, 0, 1), metavar="V",
-                   help="share of the prunable weights KEPT: 0.03 keeps 3.00 %%, prunes 97.00 %%; 1 is dense fine-tuning")
-    # from what: the embedded BERT and data (mini), or bert-base-uncased and the whole task (paper); the rest overrides one thing
-    p.add_argument("--preset", choices=["mini", "paper"], help="default: paper where CUDA is here, else mini")
-    p.add_argument("--model", help="a BERT by hub name or folder; default: the preset's")
-    p.add_argument("--data", metavar="DIR", help="folder of the data files; default: the preset's")
-    p.add_argument("--teacher", metavar="DIR", help="distil from the fine-tuned model in DIR")
-    # where to, and how
-    p.add_argument("--out", metavar="DIR", help="default: out/<script>-<task>-<V>-s<seed>")
-    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    p.add_argument("--seed", default=0, type=common.number(int, 0))
-    p.add_argument("--steps", type=common.number(int, 1), help="overrides the preset's steps or epochs")
-    p.add_argument("--batch_size", type=common.number(int, 1))
-    p.add_argument("--lr", type=common.number(float, 0), help="of the weights")
-    p.add_argument("--device", help="cpu, cuda, cuda:1; default: cuda where it is here")
+    """The command line. A flag that is left out takes its value from HYPER."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--task", default="squad", choices=common.TASKS,
+        help="tsv: your own DIR/tsv/train.tsv and dev.tsv, with --data DIR")
+    add("--sparsity", type=float, default=0.03, metavar="V",
+        help="fraction of the prunable weights KEPT: 0.03 keeps 3.00%% and prunes 97.00%%")
+    cuda = torch.cuda.is_available()
+    add("--preset", choices=["mini", "paper"], default="paper" if cuda else "mini",
+        help="default: paper where CUDA is there, else mini")
+    add("--model")                              # a BERT: a folder, or a name on the hub
+    add("--data")                               # the folder of the data files
+    add("--out")                                # default: out/<script>-<task>-<V>-s<seed>
+    add("--seed", type=int, default=0)
+    add("--steps", type=int)                    # overrides the preset's steps or epochs
+    add("--batch_size", type=int)               # of all processes together
+    add("--lr", type=float)                     # the highest, of the weights
+    add("--device", default="cuda" if cuda else "cpu")
+    add("--teacher", help="distil from the fine-tuned model in this folder")
+    add("--resume", action="store_true")        # go on from the last checkpoint in --out
+    add("--checkpoint_every", type=int, default=500)
     # <method: flags>
-    p.add_argument("--score_lr", type=common.number(float, 0), help="of the scores")
-    p.add_argument("--scope", default="local", choices=["local", "global"], help="Top_v in each matrix, or over all at once")
+    add("--score_lr", type=float)               # the highest, of the scores
+    add("--scope", default="local", choices=["local", "global"],
+        help="rank the scores of each matrix, or those of all matrices together")
     # </method>
-    return p
+    return parser
 
 
 # <method: definitions>
 # ---- method
 
-def schedule(step, steps, v, t_i, t_f):
-    """The cubic schedule (eq. 5): the share kept at this step, from 1 until t_i * steps down to v for the last t_f * steps."""
-    done = min(max((step - t_i * steps) / max(1.0, (1 - t_i - t_f) * steps), 0.0), 1.0)
-    return v + (1 - v) * (1 - done) ** 3
+def lr_factor(step, steps, warmup, lr_end):
+    """The learning rate as a fraction of its peak: linear up from 0, then linear down to lr_end."""
+    rise = (step + 1) / max(1, warmup * steps)
+    fall = (1 - lr_end) * (steps - step) / max(1, steps - warmup * steps)
+    return min(1.0, rise, lr_end + fall)
+
+
+def task_loss(net, batch, teacher, T=2.0):
+    """The task's loss; with a teacher 0.1 of it + 0.9 T^2 KL(teacher || student).
+
+    T: temperature. SQuAD takes the mean KL of start and end. STS-B has one logit: its KL is 0.
+    """
+    out = net(**batch)
+    if teacher is None:
+        return out.loss
+    with torch.no_grad():
+        target = teacher(**batch)
+    names = [name for name in out if name.endswith("logits")]
+    kl = 0.0
+    for name in names:
+        student = F.log_softmax(out[name].float() / T, dim=-1)
+        taught = F.softmax(target[name].float() / T, dim=-1)
+        kl += T * T * F.kl_div(student, taught, reduction="batchmean") / len(names)
+    return 0.1 * out.loss + 0.9 * kl
+
+
+def schedule(step, steps, v_f, t_i, t_f):
+    """v, the fraction kept at this step: 1, then down the cubic of eq. 5, then v_f."""
+    done = (step - t_i * steps) / max(1.0, (1 - t_i - t_f) * steps)
+    done = min(max(done, 0.0), 1.0)
+    return v_f + (1 - v_f) * (1 - done) ** 3
 
 
 def kth_largest(x, k):
-    """The k-th largest element of a flat tensor, exactly, 1 <= k <= n: by selection (what a full sort would cost: tests/bench.py)."""
-    n = x.numel()
-    if x.device.type == "cpu":
-        # numpy selects with vector instructions, torch without
-        return x.new_tensor(np.partition(x.detach().numpy(), n - k)[n - k])
-    # On a GPU topk selects with all of the chip, and kthvalue with one block of threads; of the smaller side.
-    return x.topk(k, sorted=False).values.min() if 2 * k <= n else x.topk(n - k + 1, largest=False, sorted=False).values.max()
+    """The k-th largest of the n elements of a flat tensor, 1 <= k <= n, selected without a sort."""
+    if x.device.type == "cpu":                  # numpy's selection is the fastest there
+        place = len(x) - k
+        return x.new_tensor(np.partition(x.numpy(), place)[place])
+    return x.topk(k, sorted=False).values.min()
 
 
 def top_v(scores, v):
-    """M = Top_v(S): True for exactly round(v n) elements (at least 1), the largest; of ties the first. Same shape as scores."""
+    """M = Top_v(S): True for the largest round(v n), 1 at least, of n elements; of ties the first.
+    """
     flat = scores.flatten()
-    k = max(1, round(v * flat.numel()))
+    k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)
     mask = flat >= threshold
-    surplus = int(torch.count_nonzero(mask)) - k                    # ties with the k-th element, the last of which go
-    if surplus:
+    surplus = int(torch.count_nonzero(mask)) - k
+    if surplus:                                 # ties with the k-th: drop the last ones
         mask[(flat == threshold).nonzero().flatten()[-surplus:]] = False
     return mask.view_as(scores)
 
 
 @torch.no_grad()
 def update_masks(masked, scores, v, scope):
-    """Recompute the masks from the scores: Top_v of each matrix (local), or of all matrices together (global)."""
+    """Recompute each mask: Top_v of its matrix (local), or of all matrices together (global)."""
     if v == 1:
         masks = [torch.ones_like(s) for s in scores]
     elif scope == "local":
         masks = [top_v(s, v) for s in scores]
     else:
-        # all scores in one row, (n,), ranked, and cut up again
-        masks = top_v(torch.cat([s.flatten() for s in scores]), v).split([s.numel() for s in scores])
+        row = torch.cat([s.flatten() for s in scores])                  # (n,)
+        masks = top_v(row, v).split([s.numel() for s in scores])
     for m, mask in zip(masked, masks):
         m.mask.copy_(mask.view_as(m.mask))
 
 
 class StraightThrough(torch.autograd.Function):
-    """W' = W * M. Backward as if M were S itself: dL/dS = dL/dW' * W, of every weight; dL/dW = dL/dW' * M, of the kept alone."""
+    """W' = W * M, with a backward pass as if M were S itself."""
 
     @staticmethod
     def forward(ctx, weight, scores, mask):
-        ctx.save_for_backward(weight, mask)                         # not the scores: the gradient does not depend on them
+        ctx.save_for_backward(weight, mask)
         return weight * mask
 
     @staticmethod
     def backward(ctx, grad):
-        weight, mask = ctx.saved_tensors                            # grad: dL/dW', (out, in)
-        return grad * mask, grad * weight, None                     # dL/dW, dL/dS, and nothing for M
+        weight, mask = ctx.saved_tensors
+        # grad: dL/dW'. Returned: dL/dW, of kept weights alone; dL/dS, of every weight; no dL/dM.
+        return grad * mask, grad * weight, None
 
 
 class Masked(nn.Module):
@@ -153,8 +176,8 @@ class Masked(nn.Module):
 
     def __init__(self, weight):
         super().__init__()
-        self.scores = nn.Parameter(torch.zeros_like(weight))                        # S: (out, in)
-        self.register_buffer("mask", torch.ones_like(weight), persistent=False)     # M: (out, in), of 0 and 1
+        self.scores = nn.Parameter(torch.zeros_like(weight))            # S: (out, in)
+        self.register_buffer("mask", torch.ones_like(weight), persistent=False)     # M: (out, in)
 
     def forward(self, weight):
         return StraightThrough.apply(weight, self.scores, self.mask)
@@ -164,83 +187,222 @@ class Masked(nn.Module):
 # ---- run
 
 def main(args):
-    """Fine-tune, prune meanwhile, save. Returns the exit status: 0, or 3 if the goal was missed."""
-    run = common.Run(__file__, args, HYPER)             # preset, device, processes, --out; prints the first line
-    task = common.Task(run)                             # features, batches, metrics
-    model = common.load_bert(run, task)                 # with the task's head, new unless --model has it; embeddings frozen
-    teacher = common.load_teacher(run, task)            # None without --teacher
-    weights = common.prunable(model)                    # {name: Linear}, the six matrices of every encoder layer
-    # All that is not frozen learns at args.lr times the schedule's factor; a method may add groups with peaks of their own.
-    groups = [{"params": [p for p in model.parameters() if p.requires_grad], "peak": args.lr}]
-    state = {}                                          # what the method has to remember over a --resume
+    """Fine-tune, prune, save and evaluate. Exits with status 3 if the goal was missed."""
+    # ---- preset
+    typed = {name: value for name, value in vars(args).items() if value is not None}
+    hyper = HYPER[args.preset]["*"] | HYPER[args.preset].get(args.task, {})
+    args = argparse.Namespace(**(vars(args) | hyper | typed))
+    method = Path(__file__).stem
+    out = Path(args.out or f"out/{method}-{args.task}-{args.sparsity:g}-s{args.seed}")
 
-    # <method: setup>
-    dense = [layer.weight for layer in weights.values()]            # W: (out, in) each; the layers will compute with W * M
-    # V = 1 is dense: no masks at all.
-    masked = [Masked(w) for w in dense if args.sparsity < 1]
-    for layer, m in zip(weights.values(), masked):
-        parametrize.register_parametrization(layer, "weight", m)
-    scores = [m.scores for m in masked]                             # S: (out, in) each, 0 at the start
-    # Faster than the weights: a score has to overtake others within the run, a weight has not. Same schedule, same clip.
-    groups.append({"params": scores, "peak": args.score_lr})
+    # ---- mistakes that can be seen before anything is loaded
+    numbers = {args.sparsity, args.lr, args.batch_size, args.checkpoint_every, args.steps}
+    if min(numbers - {None}) <= 0 or args.sparsity > 1:
+        raise SystemExit("--sparsity is the fraction KEPT, above 0 and at most 1; --steps, --lr, "
+                         "--batch_size and --checkpoint_every must be above 0")
+    inputs = map(os.path.realpath, (args.model, args.teacher or ""))
+    if os.path.realpath(out) in inputs:
+        raise SystemExit(f"--out {out} is the --model or --teacher folder too: give another")
+    log = out / "log.jsonl"
+    if args.resume and (not log.exists() or (out / "result.json").exists()):
+        raise SystemExit(f"--resume: {out} holds no unfinished run: leave --resume out")
+    if any(out.glob("*")) and not log.exists():
+        raise SystemExit(f"--out {out} holds something other than a run: give a new folder")
+    # <method: checks>
+    # nothing
     # </method>
 
-    # No weight decay (AdamW's default is 0.01): what the loss and the method do not move stays. fused: all of Adam in one pass.
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, eps=1e-8, weight_decay=0.0, fused=True)
-    trained = [p for group in groups for p in group["params"]]
-    net = run.parallel(model)
+    # ---- devices and processes: torchrun sets RANK, LOCAL_RANK and WORLD_SIZE
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.zeros(1, device=args.device).device
+    except Exception as error:
+        raise SystemExit(f"--device {args.device} is not there ({error}): give another") from None
+    # bf16 where the hardware multiplies in it; but the mini preset on a CPU is fp32 everywhere
+    bf16 = args.preset == "paper" and torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")              # rank 0 alone prints, downloads and saves
+    print(f"{method} {args.task}: keeps {args.sparsity:.2%} (prunes {1 - args.sparsity:.2%}) | "
+          f"preset {args.preset} (CUDA: {torch.cuda.is_available()}) | {device} x {world} | "
+          f"seed {args.seed}")
+    if 0.5 < args.sparsity < 1:
+        print(f"--sparsity is the fraction KEPT: did you mean {1 - args.sparsity:g}?")
+    if args.preset == "paper" and rank == 0:
+        common.download(args.task, args.data)
+    if world > 1:                                       # waits for all ranks
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
-    # Batch, dropout and learning rate depend on (seed, step) alone, so that a resumed run ends in the same bytes.
-    for step in range(run.restore(model=model, optimizer=optimizer, state=state), args.steps):
-        run.seed_step(step)
-        batch = task.batch(step)
-        factor = common.lr_factor(step, args.steps, args.warmup, args.lr_end)    # of weights and scores alike
+    # ---- data and model
+    tokenizer = common.load_tokenizer(args.model)
+    data = common.Data(args.task, args.data, tokenizer, args.length)
+    args.steps = args.steps or args.epochs * len(data.train) // args.batch_size
+    torch.manual_seed(args.seed)                        # of a head that is new
+    model = common.load_bert(args.model, data).to(device).train()
+    model.bert.embeddings.requires_grad_(False)         # as in movement pruning's official code
+    teacher = None
+    if args.teacher:
+        teacher = common.load_bert(args.teacher, data, teacher=True).to(device).eval()
+    print(f"{len(data.train)} training examples, {data.n_dev} to evaluate | {args.steps} steps of "
+          f"{args.batch_size} | lr {args.lr:g} | {args.model}")
+    layers = common.prunable(model)                     # {name: Linear}, six matrices a layer
+    groups = [{"params": list(model.parameters()), "lr": args.lr, "initial_lr": args.lr}]
+    state = {}                                          # what the method keeps in a checkpoint
+
+    # <method: setup>
+    # no mask and no score if V = 1: dense fine-tuning
+    masked = [Masked(layer.weight) for layer in layers.values() if args.sparsity < 1]
+    for layer, m in zip(layers.values(), masked):
+        parametrize.register_parametrization(layer, "weight", m)
+    scores = [m.scores for m in masked]                                 # S: (out, in) each
+    # A score must overtake others within the run, a weight need not: scores learn much faster.
+    groups.append({"params": scores, "lr": args.score_lr, "initial_lr": args.score_lr,
+                   "weight_decay": 0.0})
+    # </method>
+
+    # ---- the run's folder
+    checkpoint = out / "checkpoint.pt"
+    if rank == 0 and not args.resume:
+        out.mkdir(parents=True, exist_ok=True)
+        for old in (checkpoint, out / "result.json"):
+            old.unlink(missing_ok=True)
+        log.write_text("")
+
+    # <method: before the loop>
+    # nothing: it prunes while it fine-tunes
+    # </method>
+
+    # ---- optimizer: no weight decay, so that the loss and the method alone move a weight
+    optimizer = torch.optim.AdamW(groups, eps=1e-8, weight_decay=0.0, fused=True)
+    trained = [p for group in groups for p in group["params"]]
+    net = model
+    if world > 1:
+        net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+
+    # ---- resume
+    saved = dict(step=0, seconds=0.0)
+    if args.resume and checkpoint.exists():
+        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        state.update(saved["state"])
+    if args.resume:                                     # 0: it was killed before a checkpoint
+        print(f"the run goes on from step {saved['step']}")
+
+    # ---- the loop: batch, dropout and lr depend on (seed, step) alone, as a resumed run needs
+    started = time.time() - saved["seconds"]
+    batches = data.batches(saved["step"], args.batch_size, args.seed)
+    for step in range(saved["step"], args.steps):
+        torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)
+        batch = data.collate(next(batches)[rank::world]).to(device)
+        factor = lr_factor(step, args.steps, args.warmup, args.lr_end)
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
+            group["lr"] = group["initial_lr"] * factor
 
         # <method: before forward>
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
-        # Masks are found once a step, from the scores as the last step left them.
         update_masks(masked, scores, v, args.scope)
         # </method>
 
-        # Cross-entropy, or with a teacher 0.1 of it + 0.9 T^2 KL; in bf16 on a GPU.
-        with run.autocast():
-            loss = common.task_loss(net, batch, teacher)
+        with autocast:
+            loss = task_loss(net, batch, teacher)
 
         # <method: penalty>
-        penalty = 0.0                                               # what is kept is set by the schedule, nothing pays for it
+        penalty = torch.tensor(0.0)
         # </method>
 
         optimizer.zero_grad()
         (loss + penalty).backward()
 
         # <method: gradient>
-        # nothing: StraightThrough has made dL/dW and dL/dS already
+        # nothing: StraightThrough has made dL/dW and dL/dS
         # </method>
 
-        # One norm over all that is trained, scores included, as in movement's official code; with clip = inf nothing is clipped.
-        nn.utils.clip_grad_norm_(trained, args.clip)
+        nn.utils.clip_grad_norm_(trained, args.clip)    # one norm over all that is trained
         optimizer.step()
 
         # <method: after step>
-        # nothing: masked weights are in the model still, only not in its forward pass
+        # nothing: the masked weights are still in the model, only not in its forward pass
         # </method>
 
-        # One line every ten seconds; what is kept is counted, not assumed. A checkpoint takes under 2 % of the time.
-        run.log(step + 1, loss, penalty, lambda: common.kept(weights)[1], v, args.lr * factor)
-        run.checkpoint(step + 1, model=model, optimizer=optimizer, state=state)
+        # ---- log line
+        done = step + 1
+        seconds = time.time() - started
+        if rank == 0 and (done % 50 == 0 or done == args.steps):
+            ms = 1000 * seconds / done
+            kept = common.count_kept(model)[1]
+            goal_text = "no goal" if v is None else f"goal {v:.1%}"
+            print(f"step {done:05d}/{args.steps:05d}  loss {loss:.4f}  penalty {penalty:.4f}  "
+                  f"kept {kept:.1%} ({goal_text})  lr {args.lr * factor:.1e}  {ms:.0f} ms  "
+                  f"eta {(args.steps - done) * ms / 60000:.0f}m", flush=True)
+            row = dict(step=done, loss=loss.item(), penalty=penalty.item(),
+                       kept=kept, goal=v, lr=args.lr * factor, seconds=seconds)
+            with open(log, "a") as file:
+                print(json.dumps(row), file=file)
+            if not torch.isfinite(loss):
+                raise SystemExit(f"the loss is {loss} at step {done}: give a smaller --lr")
+
+        # ---- checkpoint: under another name first, so that it is whole or not there
+        if rank == 0 and done % args.checkpoint_every == 0:
+            saved = dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
+                         state=state, step=done, seconds=seconds)
+            torch.save(saved, out / "checkpoint.part")
+            os.replace(out / "checkpoint.part", checkpoint)
 
     # <method: bake>
-    # The last masks, at v_f, then zeros into plain nn.Linear weights: W * M becomes W.
+    # Masks for v_f itself; then W * M, zeros included, becomes the weight of a plain nn.Linear.
     goal = args.sparsity
-    update_masks(masked, scores, args.sparsity, args.scope)
-    for layer in weights.values() if masked else ():
+    update_masks(masked, scores, goal, args.scope)
+    for layer, _ in zip(layers.values(), masked):
         parametrize.remove_parametrizations(layer, "weight")
     # </method>
 
-    return common.report(run, task, model, goal)   # saves, reloads, counts, evaluates, prints RESULT
+    # ---- save, reload, count the zeros, evaluate
+    if world > 1:
+        torch.distributed.destroy_process_group()
+    if rank > 0:
+        return
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    model = type(model).from_pretrained(out).to(device)
+    kept_per_layer, kept, n_prunable = common.count_kept(model)
+    with autocast:
+        metrics = data.evaluate(model)
+    for name, share in kept_per_layer.items():
+        print(f"{name:50s} kept {share:7.2%} {'#' * round(40 * share)}")
+    seconds = time.time() - started
+    scores = " ".join(f"{name} {value:.1f}" for name, value in metrics.items())
+    line = (f"RESULT {method} {args.task} keeps {kept:.2%} (prunes {1 - kept:.2%}) {scores} | "
+            f"{args.steps} steps {seconds:.0f} s seed {args.seed} | {out}")
+    missed = goal is not None and abs(kept - goal) > min(0.001, 0.05 * goal)
+    if missed:
+        line += f" | MISSED the goal of {goal:.2%}"
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
+    result = dict(
+        method=method, task=args.task,
+        kept=kept, kept_per_layer=kept_per_layer,
+        metrics=metrics,
+        seconds=seconds, ms_per_step=ms,
+        n_train=len(data.train), n_dev=data.n_dev,
+        n_prunable=n_prunable,
+        device=args.device,
+        threads=torch.get_num_threads(),
+        versions=versions,
+        args=vars(args) | {"goal": goal},
+        line=line
+    )
+    (out / "result.json").write_text(json.dumps(result, indent=1))
+    checkpoint.unlink(missing_ok=True)
+    print(line)
+    if missed:
+        sys.exit(3)
 
 
 if __name__ == "__main__":
-    common.launch(main, flags().parse_args())
+    main(flags().parse_args())

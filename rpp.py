@@ -1,300 +1,600 @@
-"""Reweighted proximal pruning of BERT in pre-training, in one file.
-
-Guo, Liu, Mungall, Lin and Wang 2019, arXiv 1909.12486. No code of theirs is public, and the full text was not at hand: what is
-marked (recalled) is from memory.
-
-Result     Embedded squad, F1: 3.00 % 10.1, 11.9, 10.5; 10.00 % 64.1, 66.2, 65.4 (dense 99.4, 98.8, 98.7; seeds 0, 1, 2; 1,000 steps after 2,000 of
-           pre-training; MLM 64.5 and 78.8 % right, NSP 96.0 and 98.2, before 84.0 and 99.1). --nip, 10 %: 41.0, 20.5 (MLM 59.8, NSP 96.9).
-           One support at 40.00 %, 4,000 steps (MLM 88.1, NSP 98.9): squad 98.5, 98.4, 98.1; mnli 94.7 and 94.2 (dense 91.8, 90.7); qqp 98.6 (dense 97.0).
-           SST-2 with a 6-layer MiniLM, accuracy: 3.00 % 50.9, 50.9, 50.9; 10.00 % 72.9, 73.3, 72.7 (dense 87.0, 86.8, 87.6; one support, 600 steps).
-           One CPU core; commands in README. In the paper 59 % kept is as good as dense (F1 88.5), and NSP stays above 95 at 10 %.
-
-Idea       Prune once, in pre-training; then fine-tune any task on the zeros found: the support is universal. Wanted is
-               minimise  f0(w) + gamma sum_i alpha_i |w_i|            f0: the losses of MLM and NSP
-           An l1 term inside the loss makes Adam serve two masters: its moments mix both gradients, and its division by sqrt(v)
-           undoes gamma: where f0's gradients are small, the penalty alone makes the step, lr long whatever gamma is. Nor does any
-           weight ever come to rest at 0. So Adam sees f0 only, and after its complete step, w -> a, comes the proximal one:
-               w_i = argmin_x (x - a_i)^2 / 2 + lr_t gamma alpha_i |x| = sign(a_i) max(|a_i| - lr_t gamma alpha_i, 0)
-           A weight stays if f0 holds it against gamma alpha_i, and goes to 0 exactly if not. With alpha = 1, the first round, all
-           are pressed alike and the large ones, which matter, lose most. So after each round
-               alpha_i = 1 / (|w_i|^p + eps)
-           presses the small ones harder and the large ones hardly: with p = 1 the sum is about the number of weights. Inside a round
-           a zero comes back if one step of Adam's outgrows lr_t gamma alpha_i; at the round's end its alpha is 1 / eps: no more.
-
-Symbols    dense       w           (out, in)   one of six matrices a layer
-           alpha       alpha       (out, in)   how hard each of its weights is pressed, beside the others
-           gamma       gamma                   how hard all are pressed
-           v           -                       share kept at this step
-           support     -                       the pruned pre-trained model; masks, (out, in): where it is not 0
-
-Unlike magnitude.py: all is done in set-up. Fine-tuning zeroes the gradients of pruned weights, and nothing else is different.
-Differs from the paper: gamma is solved for at every step, so that v_t is kept (to rounding), and v_t falls to V on a cubic; --gamma G is the paper's
-open loop (G from 1e-2 to 1e-5, picked by hand (recalled)). p is the number of the round, as the paper writes it (recalled), up to 5; with
---gamma it is 1, because a fixed gamma would press harder whenever p changed alpha's size. After the last round the support rests for `recover` of the steps;
---nip has the same. The text is --corpus, for the paper's BooksCorpus and Wikipedia. Embeddings are not pruned; they learn in pre-training.
-Chosen by measurement, squad's F1 at 40 % kept, on dev, seed 0 (constants and texts edited; dense 99.4): lr 1e-3 for pre-training, from 5e-4 to 4e-3;
-p growing, not 1; 12 rounds, not 6 or 24. The text counts most: with few questions in it 80.7; with texts and a length of 80 tokens, shorter than squad's,
-600 steps lost 1.7 with nothing pruned. Then the steps: with longer texts 2,000 lost 2.4 (seed 1: 16.7) and 4,000 0.9; at 10 % 600 leave 12.3, 2,000 64.1.
---nip      The paper's baseline: no penalty; at even intervals the smallest |w| go, about 10 % of all at a time (recalled), for good.
-
-Run        python rpp.py                                                             embedded BERT, corpus and task, CPU, about three minutes
-           python rpp.py --task mnli --support out/rpp-squad-0.03-s0                 another task on the same support
-           python rpp.py --preset paper --corpus FILE                                bert-base-uncased, the whole of SQuAD
-           The last line printed: RESULT rpp squad keeps 3.00% (prunes 97.00%) EM .. F1 .. | steps, seconds, seed | folder
+"""Reweighted proximal pruning (RPP) of BERT in pre-training, in one file.
 """
-import torch
-from torch import nn
-# <method: imports>
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
+import torch
+import transformers
+from torch import nn
+
+# <method: imports>
+import re
+import shutil
+
+import torch.nn.functional as F
+from transformers import BertForPreTraining
+
 # </method>
-
 import common
-
 
 # ---- flags
 
 # <method: hyper-parameters>
-# Fine-tuning: as in magnitude.py. pretrain: of the paper's preset, rounds, lr and batch_size are the paper's, as eps is (all recalled); all else is
-# ours. recover: share of the steps after the last round. p: the largest exponent. A --batch_size, --lr or, without --pretrain_steps, --steps
-# holds in both phases.
-MINI = dict(steps=1000, batch_size=32, lr=5e-4, length=128, warmup=0.05, lr_end=0.0, clip=1.0, rounds=12,
-            pretrain=dict(steps=200, batch_size=32, lr=1e-3, length=96, warmup=0.05, recover=0.3, p=5, eps=1e-9))
-PAPER = dict(epochs=6, batch_size=32, lr=3e-5, length=128, warmup=0.05, lr_end=0.0, clip=1.0, rounds=6,
-             pretrain=dict(steps=20000, batch_size=256, lr=2e-5, length=128, warmup=0.05, recover=0.3, p=5, eps=1e-9))
-HYPER = {"mini": {"*": MINI, "mnli": dict(steps=3000), "qqp": dict(steps=3000)},
-         "paper": {"*": PAPER,
-                   "squad": dict(epochs=10, batch_size=16, length=384, warmup=0.1),
-                   "mnli": dict(warmup=0.16),
-                   "qqp": dict(epochs=10, lr=3e-6, warmup=0.1)}}
+# Fine-tuning: as in magnitude.py. Pre-training under the paper preset: rounds, lr, batch_size and
+# eps are the paper's (recalled); the rest, and the mini preset, are ours. A --steps, --batch_size
+# or --lr that is given holds in both phases, but --pretrain_steps goes before --steps.
+# warmup: fraction of the steps in which lr rises. lr_end: fraction of lr left at the last step.
+# recover: fraction of the steps of pre-training after the last round. p: the highest exponent.
+# length: tokens in a text. clip: the norm to which all gradients together are clipped.
+MINI = dict(
+    model=str(common.MINI / "bert"),
+    data=str(common.MINI),
+    corpus=str(common.MINI / "corpus.txt"),
+    steps=1000, batch_size=32, lr=5e-4,
+    length=128, warmup=0.05, lr_end=0.0, clip=1.0,
+    rounds=12,
+    pretrain=dict(
+        steps=200, batch_size=32, lr=1e-3,
+        length=96, warmup=0.05, recover=0.3,
+        p=5, eps=1e-9,
+    ),
+)
+PAPER = MINI | dict(
+    model="bert-base-uncased",
+    data="data",
+    corpus=None,
+    steps=None, epochs=6, lr=3e-5,
+    rounds=6,
+    pretrain=MINI["pretrain"] | dict(
+        steps=20000, batch_size=256, lr=2e-5, length=128,
+    ),
+)
+HYPER = {
+    "mini": {"*": MINI, "mnli": dict(steps=3000), "qqp": dict(steps=3000)},
+    "paper": {
+        "*": PAPER,
+        "squad": dict(epochs=10, batch_size=16, length=384, warmup=0.1),
+        "mnli": dict(warmup=0.16),
+        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1),
+    },
+}
 # </method>
 
 
 def flags():
-    """The command line. A flag left out takes the preset's value from HYPER."""
-    p = common.Parser(__doc__)
-    # what to do
-    p.add_argument("--task", default="squad", choices=common.TASKS, help="tsv: your own DIR/tsv/{train,dev}.tsv")
-    p.add_argument("--sparsity", default=0.03, type=common.number(float, 0, 1), metavar="V",
-                   help="share of the prunable weights KEPT: 0.03 keeps 3.00 %%, prunes 97.00 %%; 1 is dense fine-tuning")
-    # from what: the embedded BERT and data (mini), or bert-base-uncased and the whole task (paper); the rest overrides one thing
-    p.add_argument("--preset", choices=["mini", "paper"], help="default: paper where CUDA is here, else mini")
-    p.add_argument("--model", help="a BERT by hub name or folder; default: the preset's")
-    p.add_argument("--data", metavar="DIR", help="folder of the data files; default: the preset's")
-    p.add_argument("--teacher", metavar="DIR", help="distil from the fine-tuned model in DIR")
-    # where to, and how
-    p.add_argument("--out", metavar="DIR", help="default: out/<script>-<task>-<V>-s<seed>")
-    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    p.add_argument("--seed", default=0, type=common.number(int, 0))
-    p.add_argument("--steps", type=common.number(int, 1), help="overrides the preset's steps or epochs")
-    p.add_argument("--batch_size", type=common.number(int, 1))
-    p.add_argument("--lr", type=common.number(float, 0), help="of the weights")
-    p.add_argument("--device", help="cpu, cuda, cuda:1; default: cuda where it is here")
+    """The command line. A flag that is left out takes its value from HYPER."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--task", default="squad", choices=common.TASKS,
+        help="tsv: your own DIR/tsv/train.tsv and dev.tsv, with --data DIR")
+    add("--sparsity", type=float, default=0.03, metavar="V",
+        help="fraction of the prunable weights KEPT: 0.03 keeps 3.00%% and prunes 97.00%%")
+    cuda = torch.cuda.is_available()
+    add("--preset", choices=["mini", "paper"], default="paper" if cuda else "mini",
+        help="default: paper where CUDA is there, else mini")
+    add("--model")                              # a BERT: a folder, or a name on the hub
+    add("--data")                               # the folder of the data files
+    add("--out")                                # default: out/<script>-<task>-<V>-s<seed>
+    add("--seed", type=int, default=0)
+    add("--steps", type=int)                    # overrides the preset's steps or epochs
+    add("--batch_size", type=int)               # of all processes together
+    add("--lr", type=float)                     # the highest, of the weights
+    add("--device", default="cuda" if cuda else "cpu")
+    add("--teacher", help="distil from the fine-tuned model in this folder")
+    add("--resume", action="store_true")        # go on from the last checkpoint in --out
+    add("--checkpoint_every", type=int, default=500)
     # <method: flags>
-    p.add_argument("--corpus", metavar="FILE", help="text to pre-train on, blank lines between documents; default: corpus.txt of --data or mini")
-    p.add_argument("--pretrain_steps", type=common.number(int, 1), help="steps of pre-training; --steps then sets fine-tuning only")
-    p.add_argument("--gamma", type=common.number(float, 0), help="the paper's open loop: what is kept follows from gamma, not from --sparsity")
-    p.add_argument("--rounds", type=common.number(int, 1), help="alpha is reweighted between them")
-    p.add_argument("--nip", action="store_true", help="the paper's baseline: magnitude pruning, step by step, in the same pre-training")
-    p.add_argument("--support", metavar="DIR", help="no pre-training: fine-tune on the zeros of the model in DIR, such as an --out of this script")
+    add("--corpus", help="text to pre-train on, a blank line between documents")
+    add("--pretrain_steps", type=int, help="steps of pre-training; --steps then leaves it alone")
+    add("--gamma", type=float,
+        help="the paper's open loop: the fraction kept follows from gamma, not from --sparsity")
+    add("--rounds", type=int, help="alpha is reweighted after each")
+    add("--nip", action="store_true", help="the paper's baseline: magnitude pruning in stairs")
+    add("--support", help="no pre-training: take the zeros of the model in this folder")
     # </method>
-    return p
+    return parser
 
 
 # <method: definitions>
 # ---- method
 
-def largest_to_go(matrices, v):
-    """The value at or below which elements (>= 0) are zeroed so that round(v n), at least 1, of all in the matrices stay; 0.0 if all may."""
-    x = torch.cat([m.flatten() for m in matrices])                  # (n,)
-    rank = x.numel() - max(1, round(v * x.numel()))                 # so many go
-    if rank and x.device.type == "cpu":
-        return float(np.partition(x.detach().numpy(), rank - 1)[rank - 1])          # numpy selects with vector instructions, torch without
-    return x.topk(rank, largest=False, sorted=False).values.max().item() if rank else 0.0
+def lr_factor(step, steps, warmup, lr_end):
+    """The learning rate as a fraction of its peak: linear up from 0, then linear down to lr_end."""
+    rise = (step + 1) / max(1, warmup * steps)
+    fall = (1 - lr_end) * (steps - step) / max(1, steps - warmup * steps)
+    return min(1.0, rise, lr_end + fall)
+
+
+def task_loss(net, batch, teacher, T=2.0):
+    """The task's loss; with a teacher 0.1 of it + 0.9 T^2 KL(teacher || student).
+
+    T: temperature. SQuAD takes the mean KL of start and end. STS-B has one logit: its KL is 0.
+    """
+    out = net(**batch)
+    if teacher is None:
+        return out.loss
+    with torch.no_grad():
+        target = teacher(**batch)
+    names = [name for name in out if name.endswith("logits")]
+    kl = 0.0
+    for name in names:
+        student = F.log_softmax(out[name].float() / T, dim=-1)
+        taught = F.softmax(target[name].float() / T, dim=-1)
+        kl += T * T * F.kl_div(student, taught, reduction="batchmean") / len(names)
+    return 0.1 * out.loss + 0.9 * kl
+
+
+def largest_to_go(row, v):
+    """The value up to which elements (>= 0) of a flat tensor go, so that round(v n) of n stay."""
+    n_go = row.numel() - max(1, round(v * row.numel()))
+    if n_go == 0:
+        return 0.0
+    if row.device.type == "cpu":                # numpy's selection is the fastest there
+        return float(np.partition(row.detach().numpy(), n_go - 1)[n_go - 1])
+    return float(row.topk(n_go, largest=False, sorted=False).values.max())
 
 
 def prox(a, threshold):
-    """argmin_w (w - a)^2 / 2 + threshold |w|, element by element: sign(a) max(|a| - threshold, 0), never -0. threshold > 0, same shape."""
-    # what is left of a when the part of it within [-threshold, threshold] is taken away
-    return a - a.clamp(-threshold, threshold)
+    """argmin over w of (w - a)^2 / 2 + threshold |w|, which is sign(a) max(|a| - threshold, 0)."""
+    return a - a.clamp(-threshold, threshold)   # what lies within the threshold is taken away
 
 
 def reweight(w, p, eps):
-    """alpha = 1 / (|w|^p + eps), element by element: a zero's is 1 / eps, so large that no step of Adam's outgrows it."""
+    """alpha = 1 / (|w|^p + eps): 1 / eps, which no step of Adam's outgrows, for a zero."""
     return 1 / (w.abs() ** p + eps)
 
 
-def solve_gamma(a, alpha, v, lr):
-    """The one gamma for which the proximal step leaves round(v n) of all n weights: it zeroes those with |a_i| / alpha_i <= lr gamma."""
-    return largest_to_go([x.abs() / y for x, y in zip(a, alpha)], v) / lr
+def solve_gamma(weights, alphas, v, lr):
+    """The gamma at which the proximal step leaves round(v n) of all n weights."""
+    ratios = [(a.abs() / alpha).flatten() for a, alpha in zip(weights, alphas)]
+    return largest_to_go(torch.cat(ratios), v) / lr         # zeroed: |a| / alpha <= lr gamma
 
 
-def pretrain(run, task, folder):
-    """Prune the pre-trained BERT in pre-training and save it in folder, MLM and NSP heads included. Returns it.
+# ---- pre-training (Devlin et al. 2018, arXiv 1810.04805, appendix A.2)
 
-    On N processes all find the same support: their gradients are averaged, and what follows depends on the weights alone."""
-    args, hyper = run.args, run.args.pretrain
-    # --pretrain_steps, or as typed for fine-tuning too, before the preset's values for that were filled in
-    steps, size, peak = (getattr(args, f"pretrain_{key}", None) or run.flags[key] or hyper[key] for key in ("steps", "batch_size", "lr"))
-    last = max(1, round((1 - hyper["recover"]) * steps))            # the steps of all rounds
-    cuts = max(1, round((1 - args.sparsity) / 0.1))                 # of --nip
-    text = common.Corpus(run, args.corpus, task.tokenizer, size, min(hyper["length"], task.positions))
-    model, new = common.load_pretraining(run, args.model)
-    weights, net = common.prunable(model), run.parallel(common.PreTraining(model))
-    dense = [layer.weight for layer in weights.values()]            # w: (out, in) each
-    # No weight decay: it would press on the weights beside the penalty.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, eps=1e-8, weight_decay=0.0, fused=True)
-    state = {"alpha": [torch.ones_like(w) for w in dense], "gamma": []}             # alpha: (out, in) each; gamma: at each round's end
-    done = run.restore(phase="pre-training", steps=steps, model=model, optimizer=optimizer, state=state)
-    run.say(f"pre-training on {text.path}: {steps} steps of {size} pairs | {'NIP' if args.nip else f'{args.rounds} rounds'} to step {last}, "
-            f"then the zeros rest | lr {peak:g}")
-    for name in [n for n, head in (("MLM", "cls.predictions."), ("NSP", "cls.seq_relationship.")) if any(key.startswith(head) for key in new)]:
-        run.say(f"{args.model} has no {name} head: it starts anew")
-    state["before"] = state.get("before") or text.accuracy(net)
-    run.say(f"before pruning: MLM {{MLM:.1f}} NSP {{NSP:.1f}} (% right, on {text.pairs} held-out pairs)".format(**state["before"]))
-
-    for step in range(done, steps):
-        run.seed_step(step)
-        lr = optimizer.param_groups[0]["lr"] = peak * common.lr_factor(step, steps, hyper["warmup"])
-        with run.autocast():
-            loss = net(**text.batch(step))[0]                       # f0: no penalty in it, so none in Adam's moments
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        zeros = [w == 0 for w in dense] if args.nip or step >= last else []         # (out, in) each: those that stay
-        optimizer.step()
-
-        # The share to keep: --nip goes down in even stairs, RPP on the cubic of the other scripts, both to V at step `last`.
-        progress, gamma = min(1.0, (step + 1) / last), 0.0
-        v = args.sparsity + (1 - args.sparsity) * (1 - int(progress * cuts) / cuts if args.nip else (1 - progress) ** 3)
-        with torch.no_grad():
-            for w, zero in zip(dense, zeros):                       # Adam's old moments have moved them
-                w.masked_fill_(zero, 0.0)
-            if args.nip and int(progress * cuts) > int(min(1.0, step / last) * cuts):              # a stair
-                smallest = largest_to_go([w.abs() for w in dense], v)
-                for w in dense:
-                    w.masked_fill_(w.abs() <= smallest, 0.0)
-            elif not args.nip and step < last:
-                # One gamma for all weights: what is pruned follows from alpha and from how f0 has moved the weights.
-                gamma = args.gamma or solve_gamma(dense, state["alpha"], v, lr)
-                for w, alpha in zip(dense, state["alpha"]):
-                    w.copy_(prox(w, lr * gamma * alpha))
-                if (step + 1) * args.rounds // last > step * args.rounds // last:           # a round ends
-                    state["gamma"] = [*state["gamma"], gamma]
-                    p = 1 if args.gamma else min(len(state["gamma"]), hyper["p"])
-                    state["alpha"] = [reweight(w, p, hyper["eps"]) for w in dense]
-
-        # In the penalty's place: gamma. From round to round it changes with the size of alpha.
-        run.log(step + 1, loss, gamma, lambda: common.kept(weights)[1], None if args.gamma else v, lr)
-        run.checkpoint(step + 1, model=model, optimizer=optimizer, state=state)
-
-    known = dict(kept=common.kept(weights)[1], before=state["before"], after=text.accuracy(net), gamma=state["gamma"], steps=steps, nip=args.nip)
-    run.say("after pruning: MLM {MLM:.1f} NSP {NSP:.1f}".format(**known["after"]) + f" | {folder} {common.keeps(known['kept'])}")
-    model.config.pretraining = known                                # in config.json, with the weights
-    if run.rank == 0:
-        common.folder_whole(folder, lambda part: (model.save_pretrained(part), task.tokenizer.save_pretrained(part)))
-    return model
+def read_corpus(path, tokenizer):
+    """[document = [line = [token id]]]: a blank line lies between two documents of the file."""
+    documents = []
+    for text in re.split(r"\n\s*\n", common.read_text(path)):
+        lines = [line.strip() for line in text.split("\n") if line.strip()]
+        if lines:
+            encoded = tokenizer(lines, add_special_tokens=False)["input_ids"]
+            documents.append([ids for ids in encoded if ids])
+    if len(documents) < 4:
+        raise SystemExit(f"{path} has {len(documents)} documents: give four at least, a blank line "
+                         "between them")
+    return documents
 
 
-def find_support(run, task, model):
-    """Copy pruned weights into the task's model: of --support, or of this run's own pre-training. Returns the share to keep, or None: no goal."""
-    args, own, lacking = run.args, run.out / "support", []
-    common.demand(not (args.nip and args.gamma), "--nip has no penalty: leave --gamma out, or --nip")
-    if args.support:
-        common.demand(not (args.corpus or args.gamma or args.nip or run.flags["rounds"] or args.pretrain_steps),
-                      "--support skips pre-training: leave --corpus, --pretrain_steps, --gamma, --rounds and --nip out")
-        folder = common.Path(args.support) / "support"              # as it was before fine-tuning; another pruned BERT: as it is
-        found, lacking = common.load_pretraining(run, folder if folder.exists() else args.support)
-    elif args.sparsity == 1 and not args.gamma:
-        return 1.0                                                  # dense fine-tuning, no pre-training either
-    elif args.resume and own.exists():
-        found = common.load_pretraining(run, own)[0]                # whole, or it would not be there: that phase is over
-    else:
-        found = pretrain(run, task, own)
-    # What the folder lacks was made up by transformers: the task's model has better, or nothing to match.
-    parts, mine = {k: x for k, x in found.state_dict().items() if k not in lacking}, model.state_dict()
-    share, same = common.kept(common.prunable(found))[1], common.prunable(found).keys() == common.prunable(model).keys()
-    if args.support:
-        common.demand(same and all(x.shape == mine[k].shape for k, x in parts.items() if k in mine), f"--support {args.support} is of another "
-                      f"shape than --model {args.model}: give a pruned model made from it")
-        common.demand(share < 1, f"--support {args.support} has no zeros: give a pruned model, such as an --out of this script")
-        if abs(share - args.sparsity) > 1e-4:
-            run.say(f"the support {common.keeps(share)}: this is the goal, not --sparsity {args.sparsity:g}")
-    model.load_state_dict(parts, strict=False)                      # encoder, embeddings and pooler; the task's head is not among them
-    run.extra["pretraining"] = getattr(found.config, "pretraining", None)
-    return share if args.support else None if args.gamma else args.sparsity
+def draw_pair(documents, length, rng):
+    """(token ids of text A, those of text B, 1 if B is from another document, else 0).
+
+    A: some lines of a document. B: the lines after A; half of the time, and where A reaches the
+    document's end, lines of another document. Together they have at most length - 3 tokens.
+    """
+    home = int(rng.integers(len(documents)))
+    document = documents[home]
+    first = int(rng.integers(max(1, len(document) - 1)))
+    n_lines = 1 + int(rng.integers(max(1, min(len(document) - first - 1, length // 8))))
+    second = first + n_lines
+    a = [token for line in document[first:second] for token in line]
+    swapped = second >= len(document) or rng.random() < 0.5
+    if swapped:
+        other = home + int(rng.integers(1, max(2, len(documents))))
+        document = documents[other % len(documents)]
+        second = int(rng.integers(len(document)))
+    b = [token for line in document[second:second + length // 8] for token in line]
+    room = length - 3                                       # [CLS] A [SEP] B [SEP]
+    n_a = min(len(a), max(room - len(b), room // 2))        # the longer one is cut
+    return a[len(a) - n_a:], b[:room - n_a], int(swapped)
+
+
+def mlm_nsp_batch(documents, tokenizer, batch_size, length, rng):
+    """A batch for MLM and NSP, with the keys of BertForPreTraining; rng: a numpy Generator.
+
+    15 % of the tokens are to be predicted: of these 80 % become [MASK], 10 % a random token, and
+    10 % stay. labels: (batch, tokens), -100 where nothing is asked. next_sentence_label: (batch,).
+    """
+    rows = []
+    swaps = []
+    for _ in range(batch_size):
+        a, b, swapped = draw_pair(documents, length, rng)
+        ids = [tokenizer.cls_token_id, *a, tokenizer.sep_token_id, *b, tokenizer.sep_token_id]
+        types = [0] * (len(a) + 2) + [1] * (len(b) + 1)
+        rows.append(dict(input_ids=ids, token_type_ids=types))
+        swaps.append(swapped)
+    batch = dict(tokenizer.pad(rows, return_tensors="np"))
+    ids = batch["input_ids"]
+    special = tokenizer.all_special_ids
+    asked = ~np.isin(ids, special) & (rng.random(ids.shape) < 0.15)
+    dice = rng.random(ids.shape)
+    words = np.setdiff1d(np.arange(len(tokenizer)), special)
+    random_words = rng.choice(words, ids.shape)
+    batch["labels"] = np.where(asked, ids, -100)
+    masked = np.where(asked & (dice < 0.9), random_words, ids)
+    batch["input_ids"] = np.where(asked & (dice < 0.8), tokenizer.mask_token_id, masked)
+    batch["next_sentence_label"] = np.array(swaps)
+    return {key: torch.from_numpy(np.asarray(column)) for key, column in batch.items()}
+
+
+class PreTraining(nn.Module):
+    """BERT's two losses. The vocabulary head runs at the masked positions alone, one in seven."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model                                  # a BertForPreTraining
+
+    def forward(self, labels, next_sentence_label, **batch):
+        """(MLM + NSP loss, which of the words asked for are right, which of the pairs)."""
+        hidden, pooled = self.model.bert(**batch, return_dict=False)[:2]
+        words = self.model.cls.predictions(hidden[labels >= 0])             # (asked, vocabulary)
+        order = self.model.cls.seq_relationship(pooled)                     # (batch, 2)
+        labels = labels[labels >= 0]
+        mlm = F.cross_entropy(words, labels, reduction="sum") / max(1, len(labels))
+        nsp = F.cross_entropy(order, next_sentence_label)
+        return mlm + nsp, words.argmax(-1) == labels, order.argmax(-1) == next_sentence_label
+
+
+@torch.no_grad()
+def accuracy(net, batches, device):
+    """The percentages of right words (MLM) and right pairs (NSP), as a text."""
+    net.eval()
+    words, pairs = [], []
+    for batch in batches:
+        _, right_words, right_pairs = net(**{key: x.to(device) for key, x in batch.items()})
+        words.append(right_words)
+        pairs.append(right_pairs)
+    net.train()
+    return f"MLM {100 * torch.cat(words).float().mean():.1f} " \
+           f"NSP {100 * torch.cat(pairs).float().mean():.1f} (% right)"
 # </method>
 
 
 # ---- run
 
 def main(args):
-    """Fine-tune, prune meanwhile, save. Returns the exit status: 0, or 3 if the goal was missed."""
-    run = common.Run(__file__, args, HYPER)             # preset, device, processes, --out; prints the first line
-    task = common.Task(run)                             # features, batches, metrics
-    model = common.load_bert(run, task)                 # with the task's head, new unless --model has it; embeddings frozen
-    teacher = common.load_teacher(run, task)            # None without --teacher
-    weights = common.prunable(model)                    # {name: Linear}, the six matrices of every encoder layer
-    # All that is not frozen learns at args.lr times the schedule's factor; a method may add groups with peaks of their own.
-    groups = [{"params": [p for p in model.parameters() if p.requires_grad], "peak": args.lr}]
-    state = {}                                          # what the method has to remember over a --resume
+    """Fine-tune, prune, save and evaluate. Exits with status 3 if the goal was missed."""
+    # ---- preset
+    typed = {name: value for name, value in vars(args).items() if value is not None}
+    hyper = HYPER[args.preset]["*"] | HYPER[args.preset].get(args.task, {})
+    args = argparse.Namespace(**(vars(args) | hyper | typed))
+    method = Path(__file__).stem
+    out = Path(args.out or f"out/{method}-{args.task}-{args.sparsity:g}-s{args.seed}")
 
-    # <method: setup>
-    # All of the method happens here: pre-training, pruning, and the pruned weights copied into the model. V = 1: nothing.
-    goal = find_support(run, task, model)
-    masks = [layer.weight != 0 for layer in weights.values()]       # (out, in) each: the support
+    # ---- mistakes that can be seen before anything is loaded
+    numbers = {args.sparsity, args.lr, args.batch_size, args.checkpoint_every, args.steps}
+    if min(numbers - {None}) <= 0 or args.sparsity > 1:
+        raise SystemExit("--sparsity is the fraction KEPT, above 0 and at most 1; --steps, --lr, "
+                         "--batch_size and --checkpoint_every must be above 0")
+    inputs = map(os.path.realpath, (args.model, args.teacher or ""))
+    if os.path.realpath(out) in inputs:
+        raise SystemExit(f"--out {out} is the --model or --teacher folder too: give another")
+    log = out / "log.jsonl"
+    if args.resume and (not log.exists() or (out / "result.json").exists()):
+        raise SystemExit(f"--resume: {out} holds no unfinished run: leave --resume out")
+    if any(out.glob("*")) and not log.exists():
+        raise SystemExit(f"--out {out} holds something other than a run: give a new folder")
+    # <method: checks>
+    if args.support and os.path.realpath(args.support) == os.path.realpath(out):
+        raise SystemExit(f"--out {out} is the --support folder too: give another")
+    pretrains = not args.support and (args.sparsity < 1 or args.gamma)
+    if pretrains and not args.corpus:
+        raise SystemExit("pre-training needs a text: give --corpus FILE, or --preset mini")
     # </method>
 
-    # No weight decay (AdamW's default is 0.01): what the loss and the method do not move stays. fused: all of Adam in one pass.
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, eps=1e-8, weight_decay=0.0, fused=True)
-    trained = [p for group in groups for p in group["params"]]
-    net = run.parallel(model)
+    # ---- devices and processes: torchrun sets RANK, LOCAL_RANK and WORLD_SIZE
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.zeros(1, device=args.device).device
+    except Exception as error:
+        raise SystemExit(f"--device {args.device} is not there ({error}): give another") from None
+    # bf16 where the hardware multiplies in it; but the mini preset on a CPU is fp32 everywhere
+    bf16 = args.preset == "paper" and torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")              # rank 0 alone prints, downloads and saves
+    print(f"{method} {args.task}: keeps {args.sparsity:.2%} (prunes {1 - args.sparsity:.2%}) | "
+          f"preset {args.preset} (CUDA: {torch.cuda.is_available()}) | {device} x {world} | "
+          f"seed {args.seed}")
+    if 0.5 < args.sparsity < 1:
+        print(f"--sparsity is the fraction KEPT: did you mean {1 - args.sparsity:g}?")
+    if args.preset == "paper" and rank == 0:
+        common.download(args.task, args.data)
+    if world > 1:                                       # waits for all ranks
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
-    # Batch, dropout and learning rate depend on (seed, step) alone, so that a resumed run ends in the same bytes.
-    for step in range(run.restore(model=model, optimizer=optimizer, state=state), args.steps):
-        run.seed_step(step)
-        batch = task.batch(step)
-        factor = common.lr_factor(step, args.steps, args.warmup, args.lr_end)    # of weights and scores alike
+    # ---- data and model
+    tokenizer = common.load_tokenizer(args.model)
+    data = common.Data(args.task, args.data, tokenizer, args.length)
+    args.steps = args.steps or args.epochs * len(data.train) // args.batch_size
+    torch.manual_seed(args.seed)                        # of a head that is new
+    model = common.load_bert(args.model, data).to(device).train()
+    model.bert.embeddings.requires_grad_(False)         # as in movement pruning's official code
+    teacher = None
+    if args.teacher:
+        teacher = common.load_bert(args.teacher, data, teacher=True).to(device).eval()
+    print(f"{len(data.train)} training examples, {data.n_dev} to evaluate | {args.steps} steps of "
+          f"{args.batch_size} | lr {args.lr:g} | {args.model}")
+    layers = common.prunable(model)                     # {name: Linear}, six matrices a layer
+    groups = [{"params": list(model.parameters()), "lr": args.lr, "initial_lr": args.lr}]
+    state = {}                                          # what the method keeps in a checkpoint
+
+    # <method: setup>
+    if pretrains:
+        documents = read_corpus(Path(args.corpus), tokenizer)
+        every = min(20, len(documents) // 2)                # one document in 20 is held out
+        held_out = documents[::every]
+        documents = [text for i, text in enumerate(documents) if i % every]
+    found = lacking = None                                  # the pruned BERT
+    if args.support:
+        folder = Path(args.support)
+        if (folder / "support").exists():                   # a run's: as it was before fine-tuning
+            folder = folder / "support"
+        try:
+            found, info = BertForPreTraining.from_pretrained(folder, output_loading_info=True)
+            lacking = info["missing_keys"]
+        except Exception as error:
+            raise SystemExit(f"--support {folder} cannot be loaded ({error})") from None
+        shapes = {name: layer.weight.shape for name, layer in common.prunable(found).items()}
+        if shapes != {name: layer.weight.shape for name, layer in layers.items()}:
+            raise SystemExit(f"--support {folder} has another shape than --model {args.model}")
+    # </method>
+
+    # ---- the run's folder
+    checkpoint = out / "checkpoint.pt"
+    if rank == 0 and not args.resume:
+        out.mkdir(parents=True, exist_ok=True)
+        for old in (checkpoint, out / "result.json"):
+            old.unlink(missing_ok=True)
+        log.write_text("")
+
+    # <method: before the loop>
+    # ---- pre-training: prune the pre-trained BERT on text, and save it in out/support
+    support = out / "support"
+    if pretrains and args.resume and support.exists():      # this phase is over
+        found, lacking = BertForPreTraining.from_pretrained(support), []
+    elif pretrains:
+        settings = args.pretrain | {key: typed[key] for key in args.pretrain.keys() & typed.keys()}
+        steps = args.pretrain_steps or settings["steps"]
+        rounds_end = max(1, round((1 - settings["recover"]) * steps))
+        stairs = max(1, round((1 - args.sparsity) / 0.1))   # of --nip
+        length = min(settings["length"], tokenizer.model_max_length)
+        n_held = min(512, len(held_out))                    # pairs
+        held_batches = [mlm_nsp_batch(held_out, tokenizer, min(32, n_held - i), length,
+                                      np.random.default_rng([i])) for i in range(0, n_held, 32)]
+        found, info = BertForPreTraining.from_pretrained(args.model, output_loading_info=True)
+        lacking = []
+        found = found.to(device).train()
+        if info["missing_keys"]:
+            print(f"{args.model} lacks a head, which starts anew: {sorted(info['missing_keys'])}")
+        weights = [layer.weight for layer in common.prunable(found).values()]   # w: (out, in) each
+        net = PreTraining(found)
+        if world > 1:
+            net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+        optimizer = torch.optim.AdamW(found.parameters(), lr=settings["lr"], eps=1e-8,
+                                      weight_decay=0.0, fused=True)
+        saved = dict(step=0, rounds=0, alphas=[torch.ones_like(w) for w in weights])
+        if args.resume and (out / "pretraining.pt").exists():
+            saved = torch.load(out / "pretraining.pt", map_location=device, weights_only=True)
+            found.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+        alphas, rounds = saved["alphas"], saved["rounds"]
+        with autocast:
+            before = accuracy(net, held_batches, device)
+        print(f"pre-training from step {saved['step']} of {steps} on {args.corpus}: {before}")
+        started = time.time()
+        for step in range(saved["step"], steps):
+            torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)
+            batch = mlm_nsp_batch(documents, tokenizer, settings["batch_size"], length,
+                                  np.random.default_rng([args.seed, step]))
+            lr = settings["lr"] * lr_factor(step, steps, settings["warmup"], 0.0)
+            optimizer.param_groups[0]["lr"] = lr
+            with autocast:                                  # f0: no penalty is in it
+                loss, _, _ = net(**{key: x[rank::world].to(device) for key, x in batch.items()})
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(found.parameters(), args.clip)
+            remains = [w != 0 for w in weights]             # (out, in) each
+            optimizer.step()
+
+            done = step + 1
+            progress = min(1.0, done / rounds_end)
+            if args.nip:                                    # v goes down in even stairs
+                v = args.sparsity + (1 - args.sparsity) * (1 - int(progress * stairs) / stairs)
+            else:                                           # and on the cubic of the other scripts
+                v = args.sparsity + (1 - args.sparsity) * (1 - progress) ** 3
+            gamma = 0.0
+            with torch.no_grad():
+                if args.nip or step >= rounds_end:          # the zeros stay
+                    for w, stays in zip(weights, remains):
+                        w.masked_fill_(~stays, 0.0)
+                if args.nip:
+                    last = largest_to_go(torch.cat([w.abs().flatten() for w in weights]), v)
+                    if int(progress * stairs) > int(min(1.0, step / rounds_end) * stairs):
+                        for w in weights:
+                            w.masked_fill_(w.abs() <= last, 0.0)
+                elif step < rounds_end:
+                    gamma = args.gamma or solve_gamma(weights, alphas, v, lr)
+                    for w, alpha in zip(weights, alphas):
+                        w.copy_(prox(w, lr * gamma * alpha))
+                    if done * args.rounds // rounds_end > step * args.rounds // rounds_end:
+                        rounds += 1
+                        p = 1 if args.gamma else min(rounds, settings["p"])
+                        alphas = [reweight(w, p, settings["eps"]) for w in weights]
+
+            if rank == 0 and (done % 50 == 0 or done == steps):
+                kept = common.count_kept(found)[1]
+                print(f"pre-training step {done:05d}/{steps:05d}  loss {loss:.4f}  "
+                      f"gamma {gamma:.2e}  kept {kept:.1%} (goal {v:.1%})  lr {lr:.1e}",
+                      flush=True)
+                row = dict(pretraining_step=done, loss=loss.item(), gamma=gamma, kept=kept, lr=lr)
+                with open(log, "a") as file:
+                    print(json.dumps(row), file=file)
+                if not torch.isfinite(loss):
+                    raise SystemExit(f"the loss is {loss} at step {done}: give a smaller --lr")
+            if rank == 0 and done % args.checkpoint_every == 0:
+                saved = dict(model=found.state_dict(), optimizer=optimizer.state_dict(),
+                             alphas=alphas, rounds=rounds, step=done)
+                torch.save(saved, out / "pretraining.part")
+                os.replace(out / "pretraining.part", out / "pretraining.pt")
+        with autocast:
+            after = accuracy(net, held_batches, device)
+        seconds = time.time() - started
+        print(f"pre-training took {seconds:.0f} s: before {before}, after {after}")
+        if rank == 0:
+            found.config.pretraining = {"before": before, "after": after, "steps": steps}
+            for folder in ("support", "support.part"):
+                shutil.rmtree(out / folder, ignore_errors=True)
+            found.save_pretrained(out / "support.part")
+            tokenizer.save_pretrained(out / "support.part")
+            os.replace(out / "support.part", support)
+            (out / "pretraining.pt").unlink(missing_ok=True)
+
+    # ---- fine-tuning on the support: encoder, embeddings and pooler, not the heads
+    goal = None if args.gamma else args.sparsity
+    if found:
+        parts = {key: x for key, x in found.state_dict().items() if key not in lacking}
+        model.load_state_dict(parts, strict=False)
+        if args.support:
+            goal = common.count_kept(model)[1]
+            print(f"the support keeps {goal:.2%}: this is the goal, whatever --sparsity says")
+    remains = [layer.weight != 0 for layer in layers.values()]          # (out, in) each
+    # </method>
+
+    # ---- optimizer: no weight decay, so that the loss and the method alone move a weight
+    optimizer = torch.optim.AdamW(groups, eps=1e-8, weight_decay=0.0, fused=True)
+    trained = [p for group in groups for p in group["params"]]
+    net = model
+    if world > 1:
+        net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+
+    # ---- resume
+    saved = dict(step=0, seconds=0.0)
+    if args.resume and checkpoint.exists():
+        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        state.update(saved["state"])
+    if args.resume:                                     # 0: it was killed before a checkpoint
+        print(f"the run goes on from step {saved['step']}")
+
+    # ---- the loop: batch, dropout and lr depend on (seed, step) alone, as a resumed run needs
+    started = time.time() - saved["seconds"]
+    batches = data.batches(saved["step"], args.batch_size, args.seed)
+    for step in range(saved["step"], args.steps):
+        torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)
+        batch = data.collate(next(batches)[rank::world]).to(device)
+        factor = lr_factor(step, args.steps, args.warmup, args.lr_end)
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
+            group["lr"] = group["initial_lr"] * factor
 
         # <method: before forward>
-        v = goal                                                    # nothing is pruned any more
+        v = goal                                            # nothing more is pruned
         # </method>
 
-        # Cross-entropy, or with a teacher 0.1 of it + 0.9 T^2 KL; in bf16 on a GPU.
-        with run.autocast():
-            loss = common.task_loss(net, batch, teacher)
+        with autocast:
+            loss = task_loss(net, batch, teacher)
 
         # <method: penalty>
-        penalty = 0.0                                               # it was paid in pre-training
+        penalty = torch.tensor(0.0)
         # </method>
 
         optimizer.zero_grad()
         (loss + penalty).backward()
 
         # <method: gradient>
-        for layer, mask in zip(weights.values(), masks):
-            layer.weight.grad.mul_(mask)
+        # A weight whose gradients were all 0 has moments of 0: AdamW without decay leaves it at 0.
+        for layer, stays in zip(layers.values(), remains):
+            layer.weight.grad.mul_(stays)
         # </method>
 
-        # One norm over all that is trained, scores included, as in movement's official code; with clip = inf nothing is clipped.
-        nn.utils.clip_grad_norm_(trained, args.clip)
+        nn.utils.clip_grad_norm_(trained, args.clip)    # one norm over all that is trained
         optimizer.step()
 
         # <method: after step>
-        # nothing: a weight whose gradients were all 0 has moments of 0, and AdamW without decay leaves it where it is
+        # nothing
         # </method>
 
-        # One line every ten seconds; what is kept is counted, not assumed. A checkpoint takes under 2 % of the time.
-        run.log(step + 1, loss, penalty, lambda: common.kept(weights)[1], v, args.lr * factor)
-        run.checkpoint(step + 1, model=model, optimizer=optimizer, state=state)
+        # ---- log line
+        done = step + 1
+        seconds = time.time() - started
+        if rank == 0 and (done % 50 == 0 or done == args.steps):
+            ms = 1000 * seconds / done
+            kept = common.count_kept(model)[1]
+            goal_text = "no goal" if v is None else f"goal {v:.1%}"
+            print(f"step {done:05d}/{args.steps:05d}  loss {loss:.4f}  penalty {penalty:.4f}  "
+                  f"kept {kept:.1%} ({goal_text})  lr {args.lr * factor:.1e}  {ms:.0f} ms  "
+                  f"eta {(args.steps - done) * ms / 60000:.0f}m", flush=True)
+            row = dict(step=done, loss=loss.item(), penalty=penalty.item(),
+                       kept=kept, goal=v, lr=args.lr * factor, seconds=seconds)
+            with open(log, "a") as file:
+                print(json.dumps(row), file=file)
+            if not torch.isfinite(loss):
+                raise SystemExit(f"the loss is {loss} at step {done}: give a smaller --lr")
+
+        # ---- checkpoint: under another name first, so that it is whole or not there
+        if rank == 0 and done % args.checkpoint_every == 0:
+            saved = dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
+                         state=state, step=done, seconds=seconds)
+            torch.save(saved, out / "checkpoint.part")
+            os.replace(out / "checkpoint.part", checkpoint)
 
     # <method: bake>
-    # nothing: the zeros are in plain nn.Linear weights already
+    # nothing: the zeros are in the weights of plain nn.Linear layers
     # </method>
 
-    return common.report(run, task, model, goal)   # saves, reloads, counts, evaluates, prints RESULT
+    # ---- save, reload, count the zeros, evaluate
+    if world > 1:
+        torch.distributed.destroy_process_group()
+    if rank > 0:
+        return
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    model = type(model).from_pretrained(out).to(device)
+    kept_per_layer, kept, n_prunable = common.count_kept(model)
+    with autocast:
+        metrics = data.evaluate(model)
+    for name, share in kept_per_layer.items():
+        print(f"{name:50s} kept {share:7.2%} {'#' * round(40 * share)}")
+    seconds = time.time() - started
+    scores = " ".join(f"{name} {value:.1f}" for name, value in metrics.items())
+    line = (f"RESULT {method} {args.task} keeps {kept:.2%} (prunes {1 - kept:.2%}) {scores} | "
+            f"{args.steps} steps {seconds:.0f} s seed {args.seed} | {out}")
+    missed = goal is not None and abs(kept - goal) > min(0.001, 0.05 * goal)
+    if missed:
+        line += f" | MISSED the goal of {goal:.2%}"
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
+    result = dict(
+        method=method, task=args.task,
+        kept=kept, kept_per_layer=kept_per_layer,
+        metrics=metrics,
+        seconds=seconds, ms_per_step=ms,
+        n_train=len(data.train), n_dev=data.n_dev,
+        n_prunable=n_prunable,
+        device=args.device,
+        threads=torch.get_num_threads(),
+        versions=versions,
+        args=vars(args) | {"goal": goal},
+        line=line
+    )
+    (out / "result.json").write_text(json.dumps(result, indent=1))
+    checkpoint.unlink(missing_ok=True)
+    print(line)
+    if missed:
+        sys.exit(3)
 
 
 if __name__ == "__main__":
-    common.launch(main, flags().parse_args())
+    main(flags().parse_args())
