@@ -236,7 +236,9 @@ def best_spans(starts, ends, features, longest=30):
         if score == -math.inf:                  # a window without context
             spans.append((score, 0, 0))
         else:
-            spans.append((score, feature["spans"][first][0], feature["spans"][last][1]))
+            begin = feature["spans"][first][0]
+            end = feature["spans"][last][1]
+            spans.append((score, begin, end))
     return spans
 
 
@@ -288,8 +290,10 @@ def glue_metrics(task, dev, logits, gold):
     """The task's own metrics. logits: (rows, classes), or (rows, 1) for STS-B; gold: (rows,)."""
     if task == "stsb":
         score = logits[:, 0]
-        return {"pearson": correlation(score, gold),
-                "spearman": correlation(ranks(score), ranks(gold))}
+        return {
+            "pearson": correlation(score, gold),
+            "spearman": correlation(ranks(score), ranks(gold)),
+        }
     guess = logits.argmax(axis=1)
     if task == "cola":                          # Matthews' is Pearson's of two 0/1 variables
         return {"mcc": correlation(guess, gold)}

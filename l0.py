@@ -1,4 +1,51 @@
 """L0 regularisation of BERT with hard concrete gates, in one file.
+Louizos, Welling and Kingma 2017, arXiv 1712.01312, as used by Sanh, Wolf and Rush 2020, arXiv
+2005.07683. Official code: AMLab-Amsterdam/L0_regularization;
+huggingface/transformers-research-projects, movement-pruning, at fccd0cdab0.
+
+Idea: the number of weights that are not 0 has no gradient. So each weight gets a random gate z
+that is 0 with some probability, and this probability has a gradient.
+    y = log u - log(1 - u)                           noise; u is uniform in (1e-4, 1 - 1e-4)
+    s = sigmoid((y + S) / beta)                      in (0, 1)
+    z = clamp(s (zeta - gamma) + gamma, 0, 1)        stretched to (gamma, zeta), then cut
+    a = (W * z) x                                    dL/dS passes where 0 < z < 1
+How likely is z > 0? It means s > -gamma / (zeta - gamma), or (y + S) / beta > log(-gamma / zeta).
+y is logistic: it exceeds c with probability sigmoid(-c), if u is uniform in (0, 1). Therefore
+    P(z > 0) = sigmoid(S - beta log(-gamma / zeta))
+    minimise  L + lambda * mean over matrices of the mean of P(z > 0) in the matrix
+To count, evaluate or save, there is neither noise nor beta: z = clamp(sigmoid(S) (zeta - gamma) +
+gamma, 0, 1), which is above 0 where S > log(-gamma / zeta) = -2.398. These are the places where
+torch computes no gradients, so the layer tells them by that.
+--penalty LAMBDA is the paper's way: lambda = LAMBDA from the first step, and what is kept follows.
+Without it the penalty is an augmented Lagrangian (Wang, Wohlwend and Lei 2020, arXiv 1910.04732):
+    h = kept / v - 1,   penalty = mu1 h + mu2 h^2,   after the step mu1 += 2 h and mu2 += 60 h^2
+kept has the value of the fraction kept without noise, and the gradient of the mean of P(z > 0)
+above. mu1 and mu2 start at 0. While too much is kept the push grows; at the goal it rests.
+
+Symbols
+    weight      W               (out, in), one of the six matrices of an encoder layer
+    scores      log alpha, S    (out, in), 2.197 at the start, where P(z > 0) = 0.98
+    noise       y               (out, in), drawn anew at each step, the same on all processes
+    BETA, GAMMA, ZETA           2/3, -0.1, 1.1
+    excess      h               relative excess over the goal. multipliers: mu1, mu2
+    v           v, v^(t)        fraction to keep: 1 up to step t_i T, then down magnitude.py's cubic
+                                to v_f, which is --sparsity, at step T - t_f T
+    L, t, T     -               the loss; the step, from 0 to T - 1; --steps
+
+Unlike soft_mvp.py: the gate is random, real-valued and differentiable. The threshold cannot move,
+so lambda must. There is no ranking and no floor.
+Differs from Louizos et al., as the movement code does: a gate for each weight, not for each input
+neuron; log alpha is not clamped; no L2 term; no averaged weights. That code clamps u to the
+interval, we draw it inside. Differs from the paper: --sparsity, as above; the small gap that is
+left at the end is closed by moving the nearest scores across the threshold. The step sizes 2 and
+60 are ours.
+
+Run
+    python l0.py --task squad --sparsity 0.03              mini/'s small BERT, two minutes on a CPU
+    python l0.py --penalty 300                             the paper's way
+    python l0.py --preset paper                            bert-base-uncased, for a GPU
+The last line: RESULT l0 squad keeps 3.00% (prunes 97.00%) EM .. F1 .. | steps, seconds, seed.
+Measured results, with their floors and commands: results/README.md.
 """
 import argparse
 import json

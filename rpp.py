@@ -29,7 +29,7 @@ import common
 # eps are the paper's (recalled); the rest, and the mini preset, are ours. A --steps, --batch_size
 # or --lr that is given holds in both phases, but --pretrain_steps goes before --steps.
 # warmup: fraction of the steps in which lr rises. lr_end: fraction of lr left at the last step.
-# recover: fraction of the steps of pre-training after the last round. p: the highest exponent.
+# recover: fraction of the steps of pre-training after the last round.
 # length: tokens in a text. clip: the norm to which all gradients together are clipped.
 MINI = dict(
     model=str(common.MINI / "bert"),
@@ -41,7 +41,7 @@ MINI = dict(
     pretrain=dict(
         steps=200, batch_size=32, lr=1e-3,
         length=96, warmup=0.05, recover=0.3,
-        p=5, eps=1e-9,
+        eps=1e-9,
     ),
 )
 PAPER = MINI | dict(
@@ -58,7 +58,9 @@ HYPER = {
     "mini": {"*": MINI, "mnli": dict(steps=3000), "qqp": dict(steps=3000)},
     "paper": {
         "*": PAPER,
-        "squad": dict(epochs=10, batch_size=16, length=384, warmup=0.1),
+        "squad": dict(
+            epochs=10, batch_size=16, length=384, warmup=0.1,
+        ),
         "mnli": dict(warmup=0.16),
         "qqp": dict(epochs=10, lr=3e-6, warmup=0.1),
     },
@@ -145,14 +147,16 @@ def prox(a, threshold):
     return a - a.clamp(-threshold, threshold)   # what lies within the threshold is taken away
 
 
-def reweight(w, p, eps):
-    """alpha = 1 / (|w|^p + eps): 1 / eps, which no step of Adam's outgrows, for a zero."""
-    return 1 / (w.abs() ** p + eps)
+def reweight(w, eps):
+    """alpha = 1 / (|w| + eps): 1 / eps, which no step of Adam's outgrows, for a zero."""
+    return 1 / (w.abs() + eps)
 
 
 def solve_gamma(weights, alphas, v, lr):
     """The gamma at which the proximal step leaves round(v n) of all n weights."""
-    ratios = [(a.abs() / alpha).flatten() for a, alpha in zip(weights, alphas)]
+    ratios = []
+    for a, alpha in zip(weights, alphas):
+        ratios.append((a.abs() / alpha).flatten())
     return largest_to_go(torch.cat(ratios), v) / lr         # zeroed: |a| / alpha <= lr gamma
 
 
@@ -181,15 +185,16 @@ def draw_pair(documents, length, rng):
     home = int(rng.integers(len(documents)))
     document = documents[home]
     first = int(rng.integers(max(1, len(document) - 1)))
-    n_lines = 1 + int(rng.integers(max(1, min(len(document) - first - 1, length // 8))))
+    most = max(1, min(len(document) - first - 1, length // 8))
+    n_lines = 1 + int(rng.integers(most))
     second = first + n_lines
-    a = [token for line in document[first:second] for token in line]
+    a = sum(document[first:second], [])
     swapped = second >= len(document) or rng.random() < 0.5
     if swapped:
         other = home + int(rng.integers(1, max(2, len(documents))))
         document = documents[other % len(documents)]
         second = int(rng.integers(len(document)))
-    b = [token for line in document[second:second + length // 8] for token in line]
+    b = sum(document[second:second + length // 8], [])
     room = length - 3                                       # [CLS] A [SEP] B [SEP]
     n_a = min(len(a), max(room - len(b), room // 2))        # the longer one is cut
     return a[len(a) - n_a:], b[:room - n_a], int(swapped)
@@ -201,13 +206,14 @@ def mlm_nsp_batch(documents, tokenizer, batch_size, length, rng):
     15 % of the tokens are to be predicted: of these 80 % become [MASK], 10 % a random token, and
     10 % stay. labels: (batch, tokens), -100 where nothing is asked. next_sentence_label: (batch,).
     """
+    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
     rows = []
     swaps = []
     for _ in range(batch_size):
         a, b, swapped = draw_pair(documents, length, rng)
-        ids = [tokenizer.cls_token_id, *a, tokenizer.sep_token_id, *b, tokenizer.sep_token_id]
-        types = [0] * (len(a) + 2) + [1] * (len(b) + 1)
-        rows.append(dict(input_ids=ids, token_type_ids=types))
+        rows.append(dict(
+            input_ids=[cls, *a, sep, *b, sep],
+            token_type_ids=[0] * (len(a) + 2) + [1] * (len(b) + 1)))
         swaps.append(swapped)
     batch = dict(tokenizer.pad(rows, return_tensors="np"))
     ids = batch["input_ids"]
@@ -247,12 +253,14 @@ def accuracy(net, batches, device):
     net.eval()
     words, pairs = [], []
     for batch in batches:
-        _, right_words, right_pairs = net(**{key: x.to(device) for key, x in batch.items()})
+        batch = {key: x.to(device) for key, x in batch.items()}
+        _, right_words, right_pairs = net(**batch)
         words.append(right_words)
         pairs.append(right_pairs)
     net.train()
-    return f"MLM {100 * torch.cat(words).float().mean():.1f} " \
-           f"NSP {100 * torch.cat(pairs).float().mean():.1f} (% right)"
+    mlm = torch.cat(words).float().mean()
+    nsp = torch.cat(pairs).float().mean()
+    return f"MLM {mlm:.1%} NSP {nsp:.1%} right"
 # </method>
 
 
@@ -347,8 +355,8 @@ def main(args):
             lacking = info["missing_keys"]
         except Exception as error:
             raise SystemExit(f"--support {folder} cannot be loaded ({error})") from None
-        shapes = {name: layer.weight.shape for name, layer in common.prunable(found).items()}
-        if shapes != {name: layer.weight.shape for name, layer in layers.items()}:
+        shapes = [layer.weight.shape for layer in common.prunable(found).values()]
+        if shapes != [layer.weight.shape for layer in layers.values()]:
             raise SystemExit(f"--support {folder} has another shape than --model {args.model}")
     # </method>
 
@@ -366,14 +374,19 @@ def main(args):
     if pretrains and args.resume and support.exists():      # this phase is over
         found, lacking = BertForPreTraining.from_pretrained(support), []
     elif pretrains:
-        settings = args.pretrain | {key: typed[key] for key in args.pretrain.keys() & typed.keys()}
+        settings = args.pretrain
+        for key in ("steps", "batch_size", "lr"):           # the command line goes before HYPER
+            settings[key] = typed.get(key, settings[key])
         steps = args.pretrain_steps or settings["steps"]
         rounds_end = max(1, round((1 - settings["recover"]) * steps))
         stairs = max(1, round((1 - args.sparsity) / 0.1))   # of --nip
         length = min(settings["length"], tokenizer.model_max_length)
         n_held = min(512, len(held_out))                    # pairs
-        held_batches = [mlm_nsp_batch(held_out, tokenizer, min(32, n_held - i), length,
-                                      np.random.default_rng([i])) for i in range(0, n_held, 32)]
+        held_batches = []
+        for i in range(0, n_held, 32):
+            rng = np.random.default_rng([i])
+            size = min(32, n_held - i)
+            held_batches.append(mlm_nsp_batch(held_out, tokenizer, size, length, rng))
         found, info = BertForPreTraining.from_pretrained(args.model, output_loading_info=True)
         lacking = []
         found = found.to(device).train()
@@ -383,26 +396,29 @@ def main(args):
         net = PreTraining(found)
         if world > 1:
             net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
-        optimizer = torch.optim.AdamW(found.parameters(), lr=settings["lr"], eps=1e-8,
-                                      weight_decay=0.0, fused=True)
-        saved = dict(step=0, rounds=0, alphas=[torch.ones_like(w) for w in weights])
-        if args.resume and (out / "pretraining.pt").exists():
-            saved = torch.load(out / "pretraining.pt", map_location=device, weights_only=True)
+        optimizer = torch.optim.AdamW(
+            found.parameters(), lr=settings["lr"], eps=1e-8, weight_decay=0.0, fused=True)
+        saved = dict(step=0, alphas=[torch.ones_like(w) for w in weights])
+        unfinished = out / "pretraining.pt"
+        if args.resume and unfinished.exists():
+            saved = torch.load(unfinished, map_location=device, weights_only=True)
             found.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
-        alphas, rounds = saved["alphas"], saved["rounds"]
+        alphas = saved["alphas"]
+        stair = int(min(1.0, saved["step"] / rounds_end) * stairs)
         with autocast:
             before = accuracy(net, held_batches, device)
         print(f"pre-training from step {saved['step']} of {steps} on {args.corpus}: {before}")
         started = time.time()
         for step in range(saved["step"], steps):
             torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)
-            batch = mlm_nsp_batch(documents, tokenizer, settings["batch_size"], length,
-                                  np.random.default_rng([args.seed, step]))
+            rng = np.random.default_rng([args.seed, step])
+            batch = mlm_nsp_batch(documents, tokenizer, settings["batch_size"], length, rng)
+            batch = {key: x[rank::world].to(device) for key, x in batch.items()}
             lr = settings["lr"] * lr_factor(step, steps, settings["warmup"], 0.0)
             optimizer.param_groups[0]["lr"] = lr
             with autocast:                                  # f0: no penalty is in it
-                loss, _, _ = net(**{key: x[rank::world].to(device) for key, x in batch.items()})
+                loss, _, _ = net(**batch)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(found.parameters(), args.clip)
@@ -411,44 +427,45 @@ def main(args):
 
             done = step + 1
             progress = min(1.0, done / rounds_end)
-            if args.nip:                                    # v goes down in even stairs
-                v = args.sparsity + (1 - args.sparsity) * (1 - int(progress * stairs) / stairs)
-            else:                                           # and on the cubic of the other scripts
-                v = args.sparsity + (1 - args.sparsity) * (1 - progress) ** 3
+            left = (1 - progress) ** 3                      # the cubic of magnitude.py
+            if args.nip:                                    # even stairs
+                left = 1 - int(progress * stairs) / stairs
+            v = args.sparsity + (1 - args.sparsity) * left
             gamma = 0.0
             with torch.no_grad():
                 if args.nip or step >= rounds_end:          # the zeros stay
                     for w, stays in zip(weights, remains):
                         w.masked_fill_(~stays, 0.0)
-                if args.nip:
-                    last = largest_to_go(torch.cat([w.abs().flatten() for w in weights]), v)
-                    if int(progress * stairs) > int(min(1.0, step / rounds_end) * stairs):
-                        for w in weights:
-                            w.masked_fill_(w.abs() <= last, 0.0)
-                elif step < rounds_end:
+                if args.nip and int(progress * stairs) > stair:
+                    stair = int(progress * stairs)
+                    row = torch.cat([w.abs().flatten() for w in weights])               # (n,)
+                    last = largest_to_go(row, v)
+                    for w in weights:
+                        w.masked_fill_(w.abs() <= last, 0.0)
+                elif not args.nip and step < rounds_end:
                     gamma = args.gamma or solve_gamma(weights, alphas, v, lr)
                     for w, alpha in zip(weights, alphas):
                         w.copy_(prox(w, lr * gamma * alpha))
                     if done * args.rounds // rounds_end > step * args.rounds // rounds_end:
-                        rounds += 1
-                        p = 1 if args.gamma else min(rounds, settings["p"])
-                        alphas = [reweight(w, p, settings["eps"]) for w in weights]
+                        alphas = [reweight(w, settings["eps"]) for w in weights]
 
             if rank == 0 and (done % 50 == 0 or done == steps):
                 kept = common.count_kept(found)[1]
                 print(f"pre-training step {done:05d}/{steps:05d}  loss {loss:.4f}  "
                       f"gamma {gamma:.2e}  kept {kept:.1%} (goal {v:.1%})  lr {lr:.1e}",
                       flush=True)
-                row = dict(pretraining_step=done, loss=loss.item(), gamma=gamma, kept=kept, lr=lr)
+                row = dict(pretraining_step=done, loss=loss.item(),
+                           gamma=gamma, kept=kept, goal=v, lr=lr)
                 with open(log, "a") as file:
                     print(json.dumps(row), file=file)
                 if not torch.isfinite(loss):
                     raise SystemExit(f"the loss is {loss} at step {done}: give a smaller --lr")
             if rank == 0 and done % args.checkpoint_every == 0:
-                saved = dict(model=found.state_dict(), optimizer=optimizer.state_dict(),
-                             alphas=alphas, rounds=rounds, step=done)
+                saved = dict(
+                    model=found.state_dict(), optimizer=optimizer.state_dict(),
+                    alphas=alphas, step=done)
                 torch.save(saved, out / "pretraining.part")
-                os.replace(out / "pretraining.part", out / "pretraining.pt")
+                os.replace(out / "pretraining.part", unfinished)
         with autocast:
             after = accuracy(net, held_batches, device)
         seconds = time.time() - started
@@ -460,7 +477,7 @@ def main(args):
             found.save_pretrained(out / "support.part")
             tokenizer.save_pretrained(out / "support.part")
             os.replace(out / "support.part", support)
-            (out / "pretraining.pt").unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
 
     # ---- fine-tuning on the support: encoder, embeddings and pooler, not the heads
     goal = None if args.gamma else args.sparsity
