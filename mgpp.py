@@ -86,7 +86,11 @@ PAPER = MINI | dict(
     adam=dict(betas=(0.9, 0.98), eps=1e-6),
 )
 HYPER = {
-    "mini": {"*": MINI, "mnli": dict(steps=3000), "qqp": dict(steps=3000)},
+    "mini": {
+        "*": MINI,
+        "mnli": dict(steps=3000),
+        "qqp": dict(steps=3000),
+    },
     "paper": {
         "*": PAPER,
         "squad": dict(
@@ -167,7 +171,8 @@ def task_loss(net, batch, teacher, T=2.0):
 
 def progress(step, steps, t_i, t_f):
     """How far pruning has come: below 0 before t_i, 1 from the last zeroing on."""
-    return min(1.0, (step - t_i * steps) / max(1.0, (1 - t_i - t_f) * steps))
+    length = max(1.0, (1 - t_i - t_f) * steps)
+    return min(1.0, (step - t_i * steps) / length)
 
 
 def schedule(step, steps, v_f, t_i, t_f, v_i):
@@ -231,7 +236,8 @@ def main(args):
     """Fine-tune, prune, save and evaluate. Exits with status 3 if the goal was missed."""
     # ---- preset
     typed = {name: value for name, value in vars(args).items() if value is not None}
-    hyper = HYPER[args.preset]["*"] | HYPER[args.preset].get(args.task, {})
+    preset = HYPER[args.preset]
+    hyper = preset["*"] | preset.get(args.task, {})
     args = argparse.Namespace(**(vars(args) | hyper | typed))
     method = Path(__file__).stem
     out = Path(args.out or f"out/{method}-{args.task}-{args.sparsity:g}-s{args.seed}")
@@ -290,8 +296,8 @@ def main(args):
     teacher = None
     if args.teacher:
         teacher = common.load_bert(args.teacher, data, teacher=True).to(device).eval()
-    print(f"{len(data.train)} training examples, {data.n_dev} to evaluate | {args.steps} steps of "
-          f"{args.batch_size} | lr {args.lr:g} | {args.model}")
+    print(f"{len(data.train)} training examples, {data.n_dev} to evaluate | "
+          f"{args.steps} steps of {args.batch_size} | lr {args.lr:g} | {args.model}")
     layers = common.prunable(model)                     # {name: Linear}, six matrices a layer
     groups = [{"params": list(model.parameters()), "lr": args.lr, "initial_lr": args.lr}]
     state = {}                                          # what the method keeps in a checkpoint

@@ -84,7 +84,11 @@ PAPER = MINI | dict(
     steps=None, epochs=6, lr=3e-5
 )
 HYPER = {
-    "mini": {"*": MINI, "mnli": dict(steps=3000), "qqp": dict(steps=3000)},
+    "mini": {
+        "*": MINI,
+        "mnli": dict(steps=3000),
+        "qqp": dict(steps=3000),
+    },
     "paper": {
         "*": PAPER,
         "squad": dict(epochs=10, batch_size=16, length=384,
@@ -240,7 +244,8 @@ def main(args):
     """Fine-tune, prune, save and evaluate. Exits with status 3 if the goal was missed."""
     # ---- preset
     typed = {name: value for name, value in vars(args).items() if value is not None}
-    hyper = HYPER[args.preset]["*"] | HYPER[args.preset].get(args.task, {})
+    preset = HYPER[args.preset]
+    hyper = preset["*"] | preset.get(args.task, {})
     args = argparse.Namespace(**(vars(args) | hyper | typed))
     method = Path(__file__).stem
     out = Path(args.out or f"out/{method}-{args.task}-{args.sparsity:g}-s{args.seed}")
@@ -299,8 +304,8 @@ def main(args):
     teacher = None
     if args.teacher:
         teacher = common.load_bert(args.teacher, data, teacher=True).to(device).eval()
-    print(f"{len(data.train)} training examples, {data.n_dev} to evaluate | {args.steps} steps of "
-          f"{args.batch_size} | lr {args.lr:g} | {args.model}")
+    print(f"{len(data.train)} training examples, {data.n_dev} to evaluate | "
+          f"{args.steps} steps of {args.batch_size} | lr {args.lr:g} | {args.model}")
     layers = common.prunable(model)                     # {name: Linear}, six matrices a layer
     groups = [{"params": list(model.parameters()), "lr": args.lr, "initial_lr": args.lr}]
     state = {}                                          # what the method keeps in a checkpoint

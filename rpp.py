@@ -36,7 +36,8 @@ MINI = dict(
     data=str(common.MINI),
     corpus=str(common.MINI / "corpus.txt"),
     steps=1000, batch_size=32, lr=5e-4,
-    length=128, warmup=0.05, lr_end=0.0, clip=1.0,
+    length=128, warmup=0.05,
+    lr_end=0.0, clip=1.0,
     rounds=12,
     pretrain=dict(
         steps=200, batch_size=32, lr=1e-3,
@@ -55,7 +56,11 @@ PAPER = MINI | dict(
     ),
 )
 HYPER = {
-    "mini": {"*": MINI, "mnli": dict(steps=3000), "qqp": dict(steps=3000)},
+    "mini": {
+        "*": MINI,
+        "mnli": dict(steps=3000),
+        "qqp": dict(steps=3000),
+    },
     "paper": {
         "*": PAPER,
         "squad": dict(
@@ -138,7 +143,7 @@ def largest_to_go(row, v):
     if n_go == 0:
         return 0.0
     if row.device.type == "cpu":                # numpy's selection is the fastest there
-        return float(np.partition(row.detach().numpy(), n_go - 1)[n_go - 1])
+        return float(np.partition(row.numpy(), n_go - 1)[n_go - 1])
     return float(row.topk(n_go, largest=False, sorted=False).values.max())
 
 
@@ -226,7 +231,7 @@ def mlm_nsp_batch(documents, tokenizer, batch_size, length, rng):
     masked = np.where(asked & (dice < 0.9), random_words, ids)
     batch["input_ids"] = np.where(asked & (dice < 0.8), tokenizer.mask_token_id, masked)
     batch["next_sentence_label"] = np.array(swaps)
-    return {key: torch.from_numpy(np.asarray(column)) for key, column in batch.items()}
+    return {key: torch.tensor(column) for key, column in batch.items()}
 
 
 class PreTraining(nn.Module):
@@ -270,7 +275,8 @@ def main(args):
     """Fine-tune, prune, save and evaluate. Exits with status 3 if the goal was missed."""
     # ---- preset
     typed = {name: value for name, value in vars(args).items() if value is not None}
-    hyper = HYPER[args.preset]["*"] | HYPER[args.preset].get(args.task, {})
+    preset = HYPER[args.preset]
+    hyper = preset["*"] | preset.get(args.task, {})
     args = argparse.Namespace(**(vars(args) | hyper | typed))
     method = Path(__file__).stem
     out = Path(args.out or f"out/{method}-{args.task}-{args.sparsity:g}-s{args.seed}")
@@ -333,8 +339,8 @@ def main(args):
     teacher = None
     if args.teacher:
         teacher = common.load_bert(args.teacher, data, teacher=True).to(device).eval()
-    print(f"{len(data.train)} training examples, {data.n_dev} to evaluate | {args.steps} steps of "
-          f"{args.batch_size} | lr {args.lr:g} | {args.model}")
+    print(f"{len(data.train)} training examples, {data.n_dev} to evaluate | "
+          f"{args.steps} steps of {args.batch_size} | lr {args.lr:g} | {args.model}")
     layers = common.prunable(model)                     # {name: Linear}, six matrices a layer
     groups = [{"params": list(model.parameters()), "lr": args.lr, "initial_lr": args.lr}]
     state = {}                                          # what the method keeps in a checkpoint
@@ -371,6 +377,10 @@ def main(args):
     # <method: before the loop>
     # ---- pre-training: prune the pre-trained BERT on text, and save it in out/support
     support = out / "support"
+    unfinished = out / "pretraining.pt"
+    if rank == 0 and not args.resume:
+        shutil.rmtree(support, ignore_errors=True)
+        unfinished.unlink(missing_ok=True)
     if pretrains and args.resume and support.exists():      # this phase is over
         found, lacking = BertForPreTraining.from_pretrained(support), []
     elif pretrains:
@@ -397,9 +407,9 @@ def main(args):
         if world > 1:
             net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
         optimizer = torch.optim.AdamW(
-            found.parameters(), lr=settings["lr"], eps=1e-8, weight_decay=0.0, fused=True)
+            found.parameters(), lr=settings["lr"],
+            eps=1e-8, weight_decay=0.0, fused=True)
         saved = dict(step=0, alphas=[torch.ones_like(w) for w in weights])
-        unfinished = out / "pretraining.pt"
         if args.resume and unfinished.exists():
             saved = torch.load(unfinished, map_location=device, weights_only=True)
             found.load_state_dict(saved["model"])
@@ -436,8 +446,9 @@ def main(args):
                 if args.nip or step >= rounds_end:          # the zeros stay
                     for w, stays in zip(weights, remains):
                         w.masked_fill_(~stays, 0.0)
-                if args.nip and int(progress * stairs) > stair:
-                    stair = int(progress * stairs)
+                height = int(progress * stairs)
+                if args.nip and height > stair:
+                    stair = height
                     row = torch.cat([w.abs().flatten() for w in weights])               # (n,)
                     last = largest_to_go(row, v)
                     for w in weights:
@@ -446,7 +457,8 @@ def main(args):
                     gamma = args.gamma or solve_gamma(weights, alphas, v, lr)
                     for w, alpha in zip(weights, alphas):
                         w.copy_(prox(w, lr * gamma * alpha))
-                    if done * args.rounds // rounds_end > step * args.rounds // rounds_end:
+                    finished = done * args.rounds // rounds_end
+                    if finished > step * args.rounds // rounds_end:     # a round has ended
                         alphas = [reweight(w, settings["eps"]) for w in weights]
 
             if rank == 0 and (done % 50 == 0 or done == steps):
@@ -470,19 +482,20 @@ def main(args):
             after = accuracy(net, held_batches, device)
         seconds = time.time() - started
         print(f"pre-training took {seconds:.0f} s: before {before}, after {after}")
-        if rank == 0:
-            found.config.pretraining = {"before": before, "after": after, "steps": steps}
-            for folder in ("support", "support.part"):
-                shutil.rmtree(out / folder, ignore_errors=True)
-            found.save_pretrained(out / "support.part")
-            tokenizer.save_pretrained(out / "support.part")
-            os.replace(out / "support.part", support)
+        if rank == 0:                                       # whole, or under another name
+            part = out / "support.part"
+            shutil.rmtree(part, ignore_errors=True)
+            found.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+            os.replace(part, support)
             unfinished.unlink(missing_ok=True)
 
     # ---- fine-tuning on the support: encoder, embeddings and pooler, not the heads
     goal = None if args.gamma else args.sparsity
     if found:
-        parts = {key: x for key, x in found.state_dict().items() if key not in lacking}
+        parts = found.state_dict()
+        for key in lacking:                                 # the task's model has better, or none
+            parts.pop(key)
         model.load_state_dict(parts, strict=False)
         if args.support:
             goal = common.count_kept(model)[1]

@@ -1,6 +1,6 @@
 """Two questions about constants, asked of the embedded world: MGPP's spike and RPP's exponent.
 
-    python results/sweep.py spike       mgpp.py: with plain L2 (--mix 1), and spikes from 1e-12 to 1e-4
+    python results/sweep.py spike       mgpp.py: plain L2 (--mix 1), and spikes from 1e-12 to 1e-4
     python results/sweep.py exponent    rpp.py: alpha = 1 / (|w|^p + eps) with p = 1, and with p the
                                         number of the round, 5 at most
 Three seeds each. A finished run (result.json under --runs) is not made again. results/sweep.tsv has
