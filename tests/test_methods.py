@@ -1,497 +1,350 @@
-"""The methods' equations against oracles that share no code with them: numpy formulas, brute force, finite differences.
-
-A test here is run for every script that defines the function it is about, so a new script is tested as soon as it exists.
-"""
-import ast
-import importlib
-import inspect
-from pathlib import Path
-from types import SimpleNamespace
+"""The methods' definitions against formulas in numpy, brute force and finite differences."""
+import math
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from torch.nn.utils import parametrize
+from conftest import METHODS, ROOT
 
-from conftest import OnGPU
+import common
+import l0
+import magnitude
+import mgpp
+import mvp
+import rpp
+import soft_mvp
 
-ROOT = Path(__file__).resolve().parent.parent
-MODULES = {name: importlib.import_module(name) for name in ("magnitude", "mvp", "soft_mvp", "l0", "rpp", "mgpp")
-           if (ROOT / f"{name}.py").exists()}
 
+# ---- the learning rate, the loss with a teacher, the schedules
 
-def having(*names):
-    """The scripts that define all of these names, as pytest parameters."""
-    return [pytest.param(m, id=name) for name, m in MODULES.items() if all(hasattr(m, n) for n in names)]
+def test_lr_factor_by_hand():
+    factors = [magnitude.lr_factor(step, 10, 0.2, 0.0) for step in range(10)]
+    assert factors == pytest.approx([0.5, 1.0, 1.0, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
+    factors = [magnitude.lr_factor(step, 4, 0.0, 0.1) for step in range(4)]
+    assert factors == pytest.approx([1.0, 0.775, 0.55, 0.325])
+
 
+class Answer(dict):
+    @property
+    def loss(self):
+        return self["loss"]
 
-def parameters(function):
-    return list(inspect.signature(function).parameters)
-
-
-def test_which_scripts_are_tested():
-    """The tests below go by names and parameters: a function under another name would lose its tests without a word."""
-    mask, scored, all_six = {"magnitude", "mvp", "soft_mvp"}, {"mvp", "soft_mvp"}, {"magnitude", "mvp", "soft_mvp", "l0", "mgpp", "rpp"}
-    for names, scripts in ((["schedule"], all_six - {"rpp"}), (["top_v"], mask | {"mgpp"}), (["kth_largest"], mask | {"mgpp"}),
-                           (["update_masks", "top_v"], mask), (["Masked"], mask), (["Masked", "StraightThrough"], scored),
-                           (["sigmoid_penalty", "update_masks_open"], {"soft_mvp"}), (["floor", "update_masks"], {"soft_mvp"}),
-                           (["Gated", "gate", "expected_l0", "close_gap"], {"l0"}), (["prior_gradient", "mixing_weight", "zero_smallest"], {"mgpp"}),
-                           (["prox", "reweight", "solve_gamma", "pretrain", "find_support"], {"rpp"}), (["HYPER", "flags", "main"], all_six)):
-        assert {p.id for p in having(*names)} == scripts, names
-    assert {p.id for p in CUBIC} == mask | {"l0"}                                       # mgpp's starts below 1: test_mgpp.py
-    assert {p.id for p in having("update_masks") if "scope" in parameters(p.values[0].update_masks)} == {"magnitude", "mvp"}
-
-
-# ---- the papers' hyper-parameters
-
-# METHODS.md. movement's: epochs, batch, lr, score_lr (L0's), length, rows or windows, warm-up steps, t_i and t_f in warm-ups (L0's t_i, t_f)
-SANH = {"squad": (10, 16, 3e-5, 1e-2, 1e-1, 384, 88_000, 5400, (1, 2), (1, 1)),
-        "mnli": (6, 32, 3e-5, 1e-2, 1e-1, 128, 392_702, 12000, (1, 1), (1, 1)),
-        "qqp": (10, 32, 3e-6, 1e-2, 1e-2, 128, 363_846, 11000, (2, 3), (1, 1))}
-# MGPP's: epochs, batch, lr, share of it at the end, t_i in epochs (or steps, where more than 100), v_i, interval, s0, s1, rows or windows
-ZHANG = {"mnli": (8, 32, 5e-5, 0.1, 1, 0.7, 100, 1e-10, 0.05, 392_702), "qqp": (10, 32, 5e-5, 0.1, 2, 0.7, 100, 1e-10, 0.05, 363_846),
-         "qnli": (10, 32, 5e-5, 0.1, 2, 0.5, 100, 1e-9, 0.05, 104_743), "sst2": (6, 32, 5e-5, 0.01, 1000, 0.7, 10, 1e-9, 0.1, 67_349),
-         "squad": (10, 16, 5e-5, 0.1, 11000, 0.5, 100, 1e-10, 0.05, 88_000)}
-
-
-def paper(script, task):
-    hyper = MODULES[script].HYPER["paper"]
-    return hyper["*"] | hyper.get(task, {})
-
-
-@pytest.mark.parametrize("task", SANH)
-@pytest.mark.parametrize("script", ["magnitude", "mvp", "soft_mvp", "l0", "rpp"])
-def test_movements_hyper_parameters(script, task):
-    """The run sheet's, under --preset paper; its steps as shares of the run, to a hundredth. rpp fine-tunes with magnitude's."""
-    epochs, batch, lr, score_lr, score_lr_l0, length, rows, warm_up, t, t_l0 = SANH[task]
-    ours, share = paper(script, task), warm_up / (epochs * rows / batch)
-    assert [ours[key] for key in ("epochs", "batch_size", "lr", "length", "lr_end", "clip")] == [epochs, batch, lr, length, 0.0, 1.0] and "steps" not in ours
-    assert ours["warmup"] == pytest.approx(share, abs=0.0101)
-    if script != "rpp":
-        assert [ours["t_i"], ours["t_f"]] == pytest.approx([share * n for n in (t_l0 if script == "l0" else t)], abs=0.0101)
-    assert ours.get("score_lr") == {"mvp": score_lr, "soft_mvp": score_lr, "l0": score_lr_l0}.get(script)
-
-
-@pytest.mark.parametrize("task", ZHANG)
-def test_mgpps_hyper_parameters(task):
-    epochs, batch, lr, end, t_i, v_i, interval, s0, s1, rows = ZHANG[task]
-    ours = paper("mgpp", task)
-    keys = ("epochs", "batch_size", "lr", "lr_end", "v_i", "interval", "spike", "slab")
-    assert [ours[key] for key in keys] == [epochs, batch, lr, end, v_i, interval, s0, s1]
-    assert ours["t_i"] == pytest.approx(t_i / epochs if t_i < 100 else t_i / (epochs * rows / batch), abs=0.0011)
-    assert ours["warmup"] == 0 and ours["clip"] == np.inf and "steps" not in ours       # no warm-up, no clipping
-
-
-def test_rpps_hyper_parameters():
-    """Of pre-training: 6 rounds, lr 2e-5, batch 256, eps 1e-9."""
-    ours = paper("rpp", "squad")
-    assert (ours["rounds"], ours["pretrain"]["lr"], ours["pretrain"]["batch_size"], ours["pretrain"]["eps"]) == (6, 2e-5, 256, 1e-9)
-
-
-# ---- the schedule
-
-CUBIC = [m for m in having("schedule") if parameters(m.values[0].schedule) == ["step", "steps", "v", "t_i", "t_f"]]
-
-
-def cubic(t, T, v_f, t_i, t_f):
-    """METHODS.md, literally, t_i and t_f in steps: v = 1 while t <= t_i; v = v_f once t > T - t_f; the cubic between them."""
-    if t <= t_i:
-        return 1.0
-    if t > T - t_f:
-        return v_f
-    return v_f + (1.0 - v_f) * (1.0 - (t - t_i) / (T - t_i - t_f)) ** 3
-
-
-@pytest.mark.parametrize("module", CUBIC)
-@pytest.mark.parametrize("T, t_i, t_f", [(10, 0.05, 0.3), (10, 0.2, 0.3), (60, 0.05, 0.3), (1000, 0.05, 0.3), (55000, 0.1, 0.2), (7, 0.16, 0.16)])
-@pytest.mark.parametrize("v_f", [0.03, 0.1, 1.0, 0.0])
-def test_schedule_is_the_cubic(module, T, t_i, t_f, v_f):
-    steps = np.unique(np.r_[0, np.linspace(0, T, 41).astype(int), np.round([t_i * T, (1 - t_f) * T]), T - 1].astype(int))
-    ours = np.array([module.schedule(int(t), T, v_f, t_i, t_f) for t in steps])
-    np.testing.assert_allclose(ours, [cubic(t, T, v_f, t_i * T, t_f * T) for t in steps], atol=1e-12)
-    assert ours[0] == 1.0 and ours[-1] == v_f                                      # exactly: the goal is met to the last weight
-    assert np.all(np.diff(ours) <= 0) and ours.min() >= v_f and ours.max() <= 1.0
-
-
-@pytest.mark.parametrize("module", CUBIC)
-def test_schedule_corners_by_hand(module):
-    at = [module.schedule(t, 100, 0.1, 0.2, 0.3) for t in (0, 19, 20, 45, 70, 71, 99)]
-    np.testing.assert_allclose(at, [1, 1, 1, 0.1 + 0.9 / 8, 0.1, 0.1, 0.1], atol=1e-12)          # 45 is half way: (1/2)^3
-    assert module.schedule(20, 100, 0.1, 0.2, 0.3) == 1 and module.schedule(21, 100, 0.1, 0.2, 0.3) < 1
-    assert module.schedule(70, 100, 0.1, 0.2, 0.3) == 0.1 < module.schedule(69, 100, 0.1, 0.2, 0.3)
-
-
-@pytest.mark.parametrize("module", CUBIC)
-def test_schedule_of_short_runs(module):
-    assert module.schedule(0, 1, 0.03, 0.05, 0.3) == 1                             # one step: dense; the bake prunes
-    ten = [module.schedule(t, 10, 0.03, 0.05, 0.3) for t in range(10)]
-    assert ten[0] == 1 and ten[7:] == [0.03] * 3 and all(a > b for a, b in zip(ten[:7], ten[1:8]))   # 10 steps do prune, to the goal
-    for T in range(1, 12):
-        assert all(0.03 <= module.schedule(t, T, 0.03, 0.05, 0.3) <= 1 for t in range(T + 1))
-
-
-def test_schedule_is_the_same_in_all_scripts():
-    """Duplication on purpose, so the copies must not drift apart: the same statements in each, docstrings aside."""
-    bodies = {}
-    for p in CUBIC:
-        function = ast.parse(inspect.getsource(p.values[0].schedule)).body[0]
-        bodies[p.id] = ast.dump(ast.Module(body=[s for s in function.body if not isinstance(getattr(s, "value", None), ast.Constant)],
-                                           type_ignores=[]))
-    assert {"magnitude", "mvp", "soft_mvp"} <= set(bodies)
-    assert len(set(bodies.values())) == 1, f"schedule() differs between {sorted(bodies)}"
-
-
-# ---- Top_v
-
-def brute_top_v(x, v):
-    """Sort all; the round(v n) largest, at least one; of equal ones the first in the matrix."""
-    flat = np.asarray(x, dtype=np.float64).reshape(-1)
-    k = max(1, int(np.rint(v * flat.size)))
-    mask = np.zeros(flat.size, dtype=bool)
-    mask[np.argsort(-flat, kind="stable")[:k]] = True
-    return mask.reshape(np.shape(x))
-
-
-MATRICES = {
-    "normal": np.random.default_rng(0).normal(size=(4, 4)),
-    "negative": -np.random.default_rng(1).random((4, 4)) - 1,
-    "zeros": np.zeros((4, 4)),
-    "minus ones": -np.ones((4, 4)),
-    "few values": np.random.default_rng(2).integers(-1, 2, size=(4, 4)),
-    "one apart": np.eye(4)[[0, 1, 2, 2]] * [[0], [0], [0], [1]],
-    "largest last": np.arange(16.0).reshape(4, 4),
-    "largest first": -np.arange(16.0).reshape(4, 4),
-    "tied pairs": np.repeat(np.random.default_rng(3).permutation(8), 2).reshape(4, 4),
-    "infinite": np.array([[np.inf, -np.inf, 0, 1], [2, np.inf, -1, 0], [0, 0, 0, 0], [-np.inf, 3, 3, 3]]),
-}
-
-
-@pytest.mark.parametrize("module", having("top_v"))
-@pytest.mark.parametrize("v", [1e-9, 0.01, 1 / 16, 0.1, 0.25, 5 / 16, 0.5, 0.75, 15 / 16, 0.99, 1.0])
-@pytest.mark.parametrize("name", MATRICES)
-def test_top_v_by_brute_force(module, v, name):
-    x = MATRICES[name].astype(np.float32)
-    mask = module.top_v(torch.tensor(x), v)
-    assert mask.shape == (4, 4) and int(mask.sum()) == max(1, round(v * 16))       # exactly, ties or not
-    assert np.array_equal(mask.bool().numpy(), brute_top_v(x, v))
-
-
-@pytest.mark.parametrize("module", having("top_v"))
-def test_top_v_of_other_shapes(module):
-    x = np.random.default_rng(4).normal(size=(3, 5, 7)).astype(np.float32)
-    assert np.array_equal(module.top_v(torch.tensor(x), 0.3).numpy(), brute_top_v(x, 0.3))
-    assert np.array_equal(module.top_v(torch.tensor(x).transpose(0, 2), 0.3).numpy(), brute_top_v(x.transpose(2, 1, 0), 0.3))
-    assert module.top_v(torch.zeros(1, 1), 0.5).all()
-
-
-N = 40_001
-rng = np.random.default_rng(5)
-LARGE = {
-    "normal": rng.normal(size=N),
-    "constant": np.full(N, 0.25),
-    "zeros": np.zeros(N),
-    "ascending": np.arange(N) / N,
-    "descending": -np.arange(N) / N,
-    "half zeros": np.where(rng.random(N) < 0.5, 0.0, rng.normal(size=N)),
-    "three values": rng.integers(-1, 2, size=N),
-    "two values, one rare": (rng.random(N) < 1e-4),
-    "periodic": np.arange(N) % 35,
-    "one far out": np.where(np.arange(N) == 7_777, 1e30, 0.0),
-    "infinite": np.where(rng.random(N) < 0.3, np.where(rng.random(N) < 0.5, np.inf, -np.inf), rng.normal(size=N)),
-    "negative": -rng.random(N) - 5,
-    "heavy tails": rng.standard_cauchy(N),
-    "sorted halves": np.r_[np.sort(rng.normal(size=N // 2)), np.sort(rng.normal(size=N - N // 2))[::-1] + 100],
-}
-
-
-@pytest.mark.parametrize("place", [torch.Tensor, OnGPU])
-@pytest.mark.parametrize("module", having("kth_largest"))
-@pytest.mark.parametrize("name", LARGE)
-def test_kth_largest_of_many(module, name, place):
-    x = LARGE[name].astype(np.float32)
-    falling = np.sort(x)[::-1]
-    for k in (1, 2, 15, int(0.005 * N), round(0.03 * N), round(0.1 * N), N // 2, round(0.9 * N), N - 1, N):
-        got = module.kth_largest(torch.tensor(x).as_subclass(place), k)
-        assert got.numel() == 1 and float(got) == falling[k - 1], (name, k)
-
-
-@pytest.mark.parametrize("module", having("kth_largest"))
-@pytest.mark.parametrize("place", [torch.Tensor, OnGPU])
-@pytest.mark.parametrize("n", [1, 2, 3, 100, 30_001, 131_072])
-def test_kth_largest_of_any_size(module, n, place):
-    x = np.random.default_rng(n).normal(size=n).astype(np.float32)
-    falling = np.sort(x)[::-1]
-    for k in {1, max(1, n // 33), max(1, n // 2), n // 2 + 1, n}:
-        assert float(module.kth_largest(torch.tensor(x).as_subclass(place), k)) == falling[k - 1], k
-
-
-@pytest.mark.parametrize("module", having("top_v"))
-@pytest.mark.parametrize("name", ["normal", "zeros", "half zeros", "three values", "periodic", "infinite"])
-def test_top_v_of_many(module, name):
-    x = LARGE[name].astype(np.float32)[:-1].reshape(100, 400)
-    for v in (1e-6, 0.03, 0.1, 0.6, 1.0):
-        mask = module.top_v(torch.tensor(x), v).numpy()
-        assert mask.sum() == max(1, round(v * x.size)) and np.array_equal(mask, brute_top_v(x, v)), v
-
-
-# ---- masks of several matrices
-
-SHAPES = [(4, 4), (3, 8), (8, 2), (1, 5), (7, 7)]
-
-
-def score_sets():
-    rng = np.random.default_rng(6)
-    return {"zeros": [np.zeros(s) for s in SHAPES],
-            "normal": [rng.normal(size=s) for s in SHAPES],
-            "scales": [rng.normal(size=s) * 10.0 ** (i - 2) for i, s in enumerate(SHAPES)],
-            "ties": [rng.integers(0, 3, size=s) for s in SHAPES],
-            # of the 11 that 10 % keeps the first matrix has ten and the second one, until the floors of the others take three of them
-            "stairs": [np.where(np.arange(np.prod(s)).reshape(s) < (10, 1, 0, 0, 0)[i], 9 - i, rng.random(s)) for i, s in enumerate(SHAPES)]}
-
-
-def masks_of(module, scores, v, scope):
-    """update_masks of any of the scripts, called on bare holders of a mask that is wrong everywhere beforehand."""
-    held = [SimpleNamespace(mask=torch.full(s.shape, 9.0)) for s in scores]
-    given = dict(scope=scope) if "scope" in parameters(module.update_masks) else {}
-    module.update_masks(held, [torch.tensor(s, dtype=torch.float32, requires_grad=True) for s in scores], v, **given)
-    for h, s in zip(held, scores):
-        assert h.mask.shape == s.shape and not h.mask.requires_grad and set(np.unique(h.mask)) <= {0.0, 1.0}
-    return [h.mask.numpy().astype(bool) for h in held]
-
-
-@pytest.mark.parametrize("module", [m for m in having("update_masks") if "scope" in parameters(m.values[0].update_masks)])
-@pytest.mark.parametrize("v", [1e-6, 0.03, 0.1, 0.5, 1.0])
-@pytest.mark.parametrize("name", score_sets())
-def test_local_masks(module, v, name):
-    scores = score_sets()[name]
-    for mask, s in zip(masks_of(module, scores, v, "local"), scores):
-        assert mask.sum() == max(1, round(v * s.size)) and np.array_equal(mask, brute_top_v(s.astype(np.float32), v))
-
-
-@pytest.mark.parametrize("module", [m for m in having("update_masks", "top_v")])
-@pytest.mark.parametrize("v", [1e-6, 0.03, 0.1, 0.5, 1.0])
-@pytest.mark.parametrize("name", score_sets())
-def test_global_masks(module, v, name):
-    scores = score_sets()[name]
-    flat = np.concatenate([s.astype(np.float32).reshape(-1) for s in scores])
-    if hasattr(module, "floor"):                            # soft movement: the best 0.5 % of each matrix rank before all others
-        first = [brute_top_v(s.astype(np.float32), min(v, (int(0.005 * s.size) + 1) / s.size)) if v < 1 else np.zeros(s.shape, bool) for s in scores]
-        flat = np.where(np.concatenate([f.reshape(-1) for f in first]), np.inf, flat)
-    masks = masks_of(module, scores, v, "global")
-    assert sum(m.sum() for m in masks) == max(1, round(v * flat.size))
-    assert np.array_equal(np.concatenate([m.reshape(-1) for m in masks]), brute_top_v(flat, v))
-
-
-def test_scopes_differ():
-    """The two scopes are two things: with scales apart, global keeps nearly all of one matrix and local its share of each."""
-    scores = score_sets()["scales"]
-    for p in having("update_masks"):
-        if "scope" in parameters(p.values[0].update_masks):
-            assert masks_of(p.values[0], scores, 0.5, "global")[0].sum() < 8 == masks_of(p.values[0], scores, 0.5, "local")[0].sum()
-
-
-# ---- gradients through the mask: y = x W'^T, W' = W * M, L = sum (y - t)^2 / 2, so dL/dW' = (y - t)^T x
-
-def small_problem(seed=7, out=5, inside=4, batch=6):
-    rng = np.random.default_rng(seed)
-    return dict(W=rng.normal(size=(out, inside)), S=rng.normal(size=(out, inside)), x=rng.normal(size=(batch, inside)),
-                t=rng.normal(size=(batch, out)), M=(rng.random((out, inside)) < 0.4).astype(float))
-
-
-def masked_loss(W, M, x, t):
-    return 0.5 * np.sum((x @ (W * M).T - t) ** 2)
-
-
-def slopes(f, x, h=1e-6):
-    """(index, df/dx there) for each element of x, by central differences."""
-    for i in np.ndindex(x.shape):
-        up, down = x.copy(), x.copy()
-        up[i] += h
-        down[i] -= h
-        yield i, (f(up) - f(down)) / (2 * h)
-
-
-def layer_of(module, p):
-    """A Linear in float64 with the script's own parametrization, its mask set to M and its scores, if it has any, to S."""
-    layer = nn.Linear(*p["W"].shape[::-1], bias=False, dtype=torch.float64)
-    layer.weight.data = torch.tensor(p["W"])
-    masked = module.Masked(layer.weight)
-    parametrize.register_parametrization(layer, "weight", masked)
-    masked.mask.copy_(torch.tensor(p["M"]))
-    if hasattr(masked, "scores"):
-        masked.scores.data = torch.tensor(p["S"])
-    loss = 0.5 * ((layer(torch.tensor(p["x"])) - torch.tensor(p["t"])) ** 2).sum()
-    loss.backward()
-    return layer, masked, loss.item(), layer.parametrizations.weight.original.grad.numpy()
-
-
-@pytest.mark.parametrize("module", having("Masked"))
-def test_weight_gradient_is_masked(module):
-    p = small_problem()
-    layer, _, loss, grad = layer_of(module, p)
-    assert np.isclose(loss, masked_loss(p["W"], p["M"], p["x"], p["t"]), rtol=1e-12)
-    assert np.array_equal(layer.weight.detach().numpy(), p["W"] * p["M"])
-    dW_ = (p["x"] @ (p["W"] * p["M"]).T - p["t"]).T @ p["x"]                       # dL/dW'
-    np.testing.assert_allclose(grad, dW_ * p["M"], rtol=1e-12)
-    assert (grad[p["M"] == 0] == 0).all() and (grad[p["M"] == 1] != 0).all()       # exactly zero where masked
-
-
-@pytest.mark.parametrize("module", having("Masked"))
-def test_weight_gradient_by_finite_differences(module):
-    """The masked loss is differentiable in W at a fixed mask: there the gradient is no estimate."""
-    p = small_problem(8)
-    _, _, _, grad = layer_of(module, p)
-    for i, slope in slopes(lambda W: masked_loss(W, p["M"], p["x"], p["t"]), p["W"]):
-        assert abs(grad[i] - slope) < 1e-6, i
-
-
-@pytest.mark.parametrize("module", having("Masked", "StraightThrough"))
-def test_score_gradient_is_straight_through(module):
-    """dL/dS = dL/dW' * W, of masked weights too: they are scored while they are away, and may come back."""
-    p = small_problem(9)
-    _, masked, _, _ = layer_of(module, p)
-    dW_ = (p["x"] @ (p["W"] * p["M"]).T - p["t"]).T @ p["x"]
-    grad = masked.scores.grad.numpy()
-    np.testing.assert_allclose(grad, dW_ * p["W"], rtol=1e-12)
-    assert (grad[p["M"] == 0] != 0).all()
-
-
-@pytest.mark.parametrize("module", having("Masked", "StraightThrough"))
-def test_score_gradient_by_finite_differences_of_a_real_valued_mask(module):
-    """Straight through is the derivative of L(W * m) in a real-valued m, taken at m = M."""
-    p = small_problem(10)
-    _, masked, _, _ = layer_of(module, p)
-    for i, slope in slopes(lambda m: masked_loss(p["W"], m, p["x"], p["t"]), p["M"]):
-        assert abs(masked.scores.grad[i].item() - slope) < 1e-6, i
-
-
-@pytest.mark.parametrize("module", having("Masked", "StraightThrough"))
-def test_scores_add_up_the_movement(module):
-    """S = -alpha_S * sum_t (dL/dW') W, from S = 0, by plain gradient descent on both; and scores start at zero, mask at one."""
-    p, lr, score_lr = small_problem(11), 0.01, 0.1
-    layer = nn.Linear(4, 5, bias=False, dtype=torch.float64)
-    layer.weight.data = torch.tensor(p["W"])
-    masked = module.Masked(layer.weight)
-    assert masked.scores.dtype == torch.float64 and not masked.scores.any() and masked.mask.all()
-    parametrize.register_parametrization(layer, "weight", masked)
-    original = layer.parametrizations.weight.original
-    W, S = p["W"].copy(), np.zeros_like(p["W"])
-    optimizer = torch.optim.SGD([{"params": [original], "lr": lr}, {"params": [masked.scores], "lr": score_lr}])
-    for step in range(5):
-        v = [1, 0.8, 0.5, 0.3, 0.3][step]
-        extra = ["local"] if "scope" in parameters(module.update_masks) else []
-        module.update_masks([masked], [masked.scores], v, *extra)
-        M = brute_top_v(S, v).astype(float)
-        assert np.array_equal(masked.mask.numpy(), M), step
-        optimizer.zero_grad()
-        (0.5 * ((layer(torch.tensor(p["x"])) - torch.tensor(p["t"])) ** 2).sum()).backward()
-        optimizer.step()
-        dW_ = (p["x"] @ (W * M).T - p["t"]).T @ p["x"]
-        W, S = W - lr * dW_ * M, S - score_lr * dW_ * W
-        np.testing.assert_allclose(masked.scores.detach().numpy(), S, rtol=1e-9, atol=1e-12)
-        np.testing.assert_allclose(original.detach().numpy(), W, rtol=1e-9)
-
-
-@pytest.mark.parametrize("module", having("Masked"))
-def test_mask_is_not_a_parameter_and_bakes_into_the_weight(module):
-    p = small_problem(12)
-    layer, masked, _, _ = layer_of(module, p)
-    assert "mask" not in dict(masked.named_parameters())
-    parametrize.remove_parametrizations(layer, "weight")
-    assert type(layer) is nn.Linear and list(layer.state_dict()) == ["weight"]
-    assert np.array_equal(layer.weight.detach().numpy(), p["W"] * p["M"])
-
-
-# ---- soft movement: the penalty, the paper's threshold
-
-SOFT = having("sigmoid_penalty", "update_masks_open")
-
-
-def penalty_by_formula(scores):
-    return np.mean([np.mean(1 / (1 + np.exp(-s))) for s in scores])                # a mean of means: small matrices weigh more per element
-
-
-@pytest.mark.parametrize("module", SOFT)
-def test_sigmoid_penalty(module):
-    rng = np.random.default_rng(13)
-    scores = [rng.normal(size=s) * 3 for s in SHAPES]
-    given = [torch.tensor(s, requires_grad=True) for s in scores]
-    penalty = module.sigmoid_penalty(given)
-    assert np.isclose(penalty.item(), penalty_by_formula(scores), rtol=1e-12)
-    assert not np.isclose(penalty.item(), np.mean(1 / (1 + np.exp(-np.concatenate([s.reshape(-1) for s in scores])))), rtol=1e-4)
-    assert module.sigmoid_penalty([torch.zeros(s) for s in SHAPES]).item() == 0.5
-    penalty.backward()
+
+def test_distillation_by_hand():
+    start, end = np.array([[1.0, 3.0]]), np.array([[0.0, 0.5]])
+    taught_start, taught_end = np.array([[2.0, 0.0]]), np.array([[1.0, 1.0]])
+
+    def answer(a, b):
+        return Answer(loss=torch.tensor(0.7), start_logits=torch.tensor(a),
+                      end_logits=torch.tensor(b))
+
+    def kl(student, teacher):
+        p = np.exp(teacher / 2) / np.exp(teacher / 2).sum()
+        q = np.exp(student / 2) / np.exp(student / 2).sum()
+        return (p * np.log(p / q)).sum()
+
+    expected = 0.1 * 0.7 + 0.9 * 4 * (kl(start, taught_start) + kl(end, taught_end)) / 2
+    loss = mvp.task_loss(lambda: answer(start, end), {}, lambda: answer(taught_start, taught_end))
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    assert float(mvp.task_loss(lambda: answer(start, end), {}, None)) == pytest.approx(0.7)
+
+
+def test_cubic_schedule():
+    values = [magnitude.schedule(step, 100, 0.1, 0.2, 0.3) for step in range(100)]
+    assert values[:21] == [1.0] * 21
+    assert values[70:] == pytest.approx([0.1] * 30)
+    assert values[45] == pytest.approx(0.1 + 0.9 * 0.5 ** 3)
+    assert all(a >= b for a, b in zip(values, values[1:]))
+
+
+def test_mgpp_schedules():
+    values = [mgpp.schedule(step, 100, 0.1, 0.2, 0.3, 0.7) for step in range(101)]
+    assert values[:20] == [1.0] * 20 and values[20] == pytest.approx(0.7)
+    assert values[45] == pytest.approx(0.1 + 0.6 * 0.5 ** 3)
+    assert values[70:] == pytest.approx([0.1] * 31)
+    weights = [mgpp.mixing_weight(step, 100, 0.2, 0.3) for step in (0, 20, 45, 70, 99)]
+    assert weights == pytest.approx([0.1, 0.1, 0.05005, 1e-4, 1e-4])
+
+
+# ---- masks
+
+def brute_force_top(scores, k):
+    """The places of the k largest, of equal ones the first."""
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    return set(order[:k])
+
+
+@pytest.mark.parametrize("script", [magnitude, mvp, soft_mvp, mgpp])
+def test_top_v_brute_force(script):
+    rng = np.random.default_rng(0)
+    for levels in (2, 4, 1000):                 # few levels: many ties
+        for v in (0.01, 0.1, 0.5, 0.9, 1.0):
+            scores = rng.integers(levels, size=(4, 4)).astype(np.float32)
+            mask = script.top_v(torch.tensor(scores), v)
+            expected = brute_force_top(scores.flatten().tolist(), max(1, round(v * 16)))
+            assert set(mask.flatten().nonzero().flatten().tolist()) == expected
+            assert mask.shape == (4, 4)
+
+
+def test_top_v_of_equal_scores_is_exact():
+    assert int(mvp.top_v(torch.zeros(30, 40), 0.03).sum()) == 36
+
+
+def test_kth_largest_as_on_a_gpu():
+    class OnGPU(torch.Tensor):
+        device = property(lambda self: torch.device("cuda"))
+
+    x = torch.randn(101)
+    for k in (1, 50, 101):
+        expected = sorted(x.tolist())[-k]
+        assert float(mvp.kth_largest(x, k)) == expected
+        assert float(mvp.kth_largest(x.as_subclass(OnGPU), k)) == expected
+
+
+def masked_layers(script, shapes):
+    return [script.Masked(torch.randn(shape)) for shape in shapes]
+
+
+@pytest.mark.parametrize("script", [magnitude, mvp])
+def test_local_and_global_masks(script):
+    torch.manual_seed(0)
+    masked = masked_layers(script, [(20, 30), (40, 50)])
+    scores = [torch.randn(20, 30), 3 + torch.randn(40, 50)]
+    script.update_masks(masked, scores, 0.1, "local")
+    assert [int(m.mask.sum()) for m in masked] == [60, 200]
+    script.update_masks(masked, scores, 0.1, "global")
+    row = np.concatenate([s.numpy().flatten() for s in scores])
+    first = brute_force_top(row[:600].tolist(), int(0.005 * 600) + 1)           # the floor
+    rest = row.copy()
+    rest[list(first)] = np.inf
+    expected = brute_force_top(rest.tolist(), 260)
+    got = torch.cat([m.mask.flatten() for m in masked]).nonzero().flatten().tolist()
+    assert set(got) == expected and first <= set(got)
+    script.update_masks(masked, scores, 1, "local")
+    assert all(bool(m.mask.all()) for m in masked)
+
+
+@pytest.mark.parametrize("v", [0.5, 0.1, 0.03, 0.006, 0.002])
+def test_soft_movement_counts_and_floors(v):
+    """The total is exact, no matrix has less than its floor, the rest are the highest scores."""
+    torch.manual_seed(1)
+    shapes = [(20, 30), (40, 50), (30, 100)]
+    masked = masked_layers(soft_mvp, shapes)
+    scores = [torch.randn(shape) + 4 * i for i, shape in enumerate(shapes)]
+    soft_mvp.update_masks(masked, scores, v)
+    kept = [int(m.mask.sum()) for m in masked]
+    assert sum(kept) == round(v * 5600)
+    for share, s in zip(kept, scores):
+        n = s.numel()
+        assert share >= min(int(0.005 * n) + 1, max(1, round(v * n)))
+    for m, s in zip(masked, scores):            # within a matrix always the highest
+        assert s[m.mask == 1].min() > s[m.mask == 0].max()
+
+
+def test_soft_movement_open_loop():
+    torch.manual_seed(2)
+    masked = masked_layers(soft_mvp, [(20, 30), (20, 30)])
+    scores = [torch.randn(20, 30), torch.full((20, 30), -9.0)]
+    soft_mvp.update_masks_open(masked, scores, 0.1)
+    assert torch.equal(masked[0].mask.bool(), 1 / (1 + torch.exp(-scores[0])) > 0.1)
+    assert int(masked[1].mask.sum()) == 4 and bool(masked[1].mask.flatten()[:4].all())
+
+
+# ---- gradients
+
+def test_magnitude_gradient_is_masked():
+    masked = magnitude.Masked(torch.zeros(3, 4))
+    masked.mask[0] = 0
+    weight = torch.randn(3, 4, requires_grad=True)
+    upstream = torch.randn(3, 4)
+    (masked(weight) * upstream).sum().backward()
+    assert torch.equal(weight.grad, upstream * masked.mask)
+
+
+@pytest.mark.parametrize("script", [mvp, soft_mvp])
+def test_straight_through(script):
+    """dL/dW = dL/dW' M and dL/dS = dL/dW' W for L = sum of squares of (W' x)."""
+    torch.manual_seed(0)
+    masked = script.Masked(torch.zeros(3, 4))
+    masked.mask.copy_(torch.tensor([[1.0, 0, 1, 0]] * 3))
+    weight = torch.randn(3, 4, requires_grad=True)
+    x = torch.randn(4, 5)
+    (masked(weight) @ x).square().sum().backward()
+    effective = (weight * masked.mask).detach().numpy()
+    upstream = 2 * effective @ x.numpy() @ x.numpy().T
+    np.testing.assert_allclose(weight.grad, upstream * masked.mask.numpy(), rtol=1e-4)
+    np.testing.assert_allclose(masked.scores.grad, upstream * weight.detach().numpy(), rtol=1e-4)
+
+
+def test_sigmoid_penalty():
+    scores = [torch.zeros(2, 3), torch.full((4, 5), 1.0)]
+    expected = (0.5 + 1 / (1 + math.exp(-1))) / 2
+    assert float(soft_mvp.sigmoid_penalty(scores)) == pytest.approx(expected)
+
+
+# ---- L0
+
+def test_gate_is_louizos():
+    u = np.array([1e-4, 0.1, 0.5, 0.9, 1 - 1e-4])
+    for log_alpha in (-3.0, 0.0, 2.0):
+        s = 1 / (1 + np.exp(-(np.log(u) - np.log(1 - u) + log_alpha) / (2 / 3)))
+        expected = np.clip(s * 1.2 - 0.1, 0, 1)
+        noise = torch.tensor(np.log(u) - np.log(1 - u))
+        got = l0.gate(torch.full((5,), log_alpha, dtype=torch.float64), noise)
+        np.testing.assert_allclose(got, expected, atol=1e-9)
+    still = np.clip(1.2 / (1 + np.exp(3.0)) - 0.1, 0, 1)
+    assert float(l0.gate(torch.tensor(-3.0))) == pytest.approx(still)
+    assert float(l0.gate(torch.tensor(l0.THRESHOLD - 1e-3))) == 0.0
+    assert float(l0.gate(torch.tensor(l0.THRESHOLD + 1e-3))) > 0.0
+
+
+def test_expected_l0_is_the_frequency_of_open_gates():
+    torch.manual_seed(0)
+    for score in (-2.0, 0.0, 1.0):
+        u = torch.rand(200_000)
+        z = l0.gate(torch.full_like(u, score), u.logit())
+        frequency = (z > 0).float().mean()
+        expected = float(l0.expected_l0([torch.tensor([score])]))
+        assert expected == pytest.approx(float(frequency), abs=5e-3)
+
+
+def test_gate_gradient_by_finite_differences():
+    scores = torch.tensor([-1.0, 0.3, 2.0], dtype=torch.float64, requires_grad=True)
+    noise = torch.tensor([0.5, -0.7, -1.0], dtype=torch.float64)
+    l0.gate(scores, noise).sum().backward()
     h = 1e-6
-    for n, g in enumerate(given):
-        for i in np.ndindex(scores[n].shape):
-            keep = scores[n][i]
-            scores[n][i] = keep + h
-            up = penalty_by_formula(scores)
-            scores[n][i] = keep - h
-            down = penalty_by_formula(scores)
-            scores[n][i] = keep
-            assert abs(g.grad[i].item() - (up - down) / (2 * h)) < 1e-9, (n, i)
+    up = l0.gate(scores.detach() + h, noise)
+    down = l0.gate(scores.detach() - h, noise)
+    np.testing.assert_allclose(scores.grad, (up - down) / (2 * h), atol=1e-7)
 
 
-def open_masks(module, scores, tau):
-    held = [SimpleNamespace(mask=torch.full(s.shape, 9.0)) for s in scores]
-    module.update_masks_open(held, [torch.tensor(s, dtype=torch.float32, requires_grad=True) for s in scores], tau)
-    assert all(h.mask.shape == s.shape and not h.mask.requires_grad for h, s in zip(held, scores))
-    return [h.mask.numpy() for h in held]
+def test_gated_has_noise_in_training_alone():
+    gated = l0.Gated(torch.ones(2, 2))
+    gated.noise.fill_(-9.0)
+    assert float(gated(torch.ones(2, 2)).detach().sum()) == 0.0
+    with torch.no_grad():
+        assert float(gated(torch.ones(2, 2)).sum()) > 3.9
 
 
-@pytest.mark.parametrize("module", SOFT)
-@pytest.mark.parametrize("tau", [0.0, 0.02, 0.1, 0.5, 0.7])
-def test_open_loop_threshold(module, tau):
-    """M = (sigmoid(S) > tau) wherever that leaves 0.5 %, which is one weight of these matrices: int(0.005 n) + 1 = 1."""
-    rng = np.random.default_rng(14)
-    scores = [np.float32(rng.normal(size=s) * 3) for s in SHAPES]
-    for mask, s in zip(open_masks(module, scores, tau), scores):
-        above = 1 / (1 + np.exp(-s.astype(np.float64))) > tau
-        assert above.any()                                                         # so that the floor has no part in it
-        assert np.array_equal(mask, above.astype(np.float32))
+@pytest.mark.parametrize("level", [-9.0, None])
+def test_close_gap_is_exact(level):
+    """10 of 100 wanted; tied scores too."""
+    torch.manual_seed(0)
+    scores = [torch.randn(6, 10) - 2.4, torch.randn(4, 10) - 2.4]
+    if level is not None:
+        scores = [torch.full((6, 10), level), torch.full((4, 10), level)]
+    l0.close_gap(scores, 0.1)
+    assert sum(int((s > l0.THRESHOLD).sum()) for s in scores) == 10
+    assert l0.share_kept(scores) == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("module", SOFT)
-def test_open_loop_threshold_is_strict(module):
-    assert (open_masks(module, [np.zeros((4, 4))], 0.5)[0] == np.eye(1, 16).reshape(4, 4)).all()    # 0.5 > 0.5 is not so: the floor
-    assert open_masks(module, [np.zeros((4, 4))], 0.4999)[0].all()
+# ---- MGPP
+
+def test_prior_gradient_by_finite_differences():
+    def log_prior(w, lam, s0, s1):
+        slab = lam * np.exp(-w ** 2 / (2 * s1)) / np.sqrt(2 * np.pi * s1)
+        spike = (1 - lam) * np.exp(-w ** 2 / (2 * s0)) / np.sqrt(2 * np.pi * s0)
+        return np.log(slab + spike)
+
+    w = np.array([-0.4, -0.02, 1e-3, 0.011, 0.3])
+    h = 1e-7
+    for lam, s0, s1 in ((0.1, 1e-4, 0.05), (1e-4, 1e-5, 0.05)):
+        slope = (log_prior(w + h, lam, s0, s1) - log_prior(w - h, lam, s0, s1)) / (2 * h)
+        got = mgpp.prior_gradient(torch.tensor(w), lam, s0, s1)
+        np.testing.assert_allclose(got, -slope, rtol=1e-4)
+    np.testing.assert_allclose(mgpp.prior_gradient(torch.tensor(w), 1, 1e-10, 0.05), w / 0.05)
+    extreme = torch.tensor([0.0, 1e-12, 5.0])
+    assert bool(torch.isfinite(mgpp.prior_gradient(extreme, 1e-7, 1e-12, 0.05)).all())
 
 
-@pytest.mark.parametrize("module", SOFT)
-@pytest.mark.parametrize("shape, least", [((4, 4), 1), ((20, 10), 2), ((40, 25), 6), ((64, 100), 33), ((399, 1), 2), ((512, 128), 328), ((512, 300), 769)])
-def test_open_loop_floor(module, shape, least):
-    """A matrix below the threshold keeps its top int(0.005 n) + 1; one with just as many above it is left as it is."""
-    rng = np.random.default_rng(15)
-    n = shape[0] * shape[1]
-    assert least == int(0.005 * n) + 1
-    low = np.float32(rng.permutation(n).reshape(shape) / n - 10)                   # sigmoid about 1e-4 and all different
-    mask = open_masks(module, [low], 0.1)[0]
-    assert mask.sum() == least and mask.reshape(-1)[np.argsort(-low.reshape(-1))[:least]].all()
-    rich = low.reshape(-1).copy()
-    rich[:least] = 5.0
-    rich = rich.reshape(shape)
-    assert np.array_equal(open_masks(module, [rich], 0.1)[0], (rich == 5.0).astype(np.float32))
-    both = open_masks(module, [low, np.full((4, 4), 3.0)], 0.1)                    # the floor is of each matrix, not of all
-    assert both[0].sum() == least and both[1].all()
+def test_zero_smallest_over_all_matrices():
+    weights = [torch.tensor([[1.0, -5.0]]), torch.tensor([[0.5, 3.0], [-0.1, 4.0]])]
+    mgpp.zero_smallest(weights, 0.5)
+    assert weights[0].tolist() == [[0.0, -5.0]]
+    assert weights[1].tolist() == [[0.0, 3.0], [0.0, 4.0]]
 
 
-@pytest.mark.parametrize("module", SOFT)
-def test_the_ramp(module):
-    """lambda_t = lambda_f tau_t / 0.1, and tau_t on the cubic from 0 to 0.1: both are 1 - schedule(to 0) of what they end at."""
-    T, t_i, t_f = 200, 0.1, 0.2
-    for t in range(T):
-        ramp = 1 - module.schedule(t, T, 0.0, t_i, t_f)
-        tau = 0.0 if t <= 20 else 0.1 if t > 160 else 0.1 + (0.0 - 0.1) * (1 - (t - 20) / (200 - 20 - 40)) ** 3
-        assert abs(0.1 * ramp - tau) < 1e-12, t
+# ---- RPP
+
+def test_prox_is_the_argmin():
+    grid = np.linspace(-3, 3, 6001)
+    for a, threshold in ((1.3, 0.5), (-0.2, 0.5), (0.5, 0.5), (-2.0, 0.1)):
+        best = grid[np.argmin((grid - a) ** 2 / 2 + threshold * np.abs(grid))]
+        got = rpp.prox(torch.tensor([a]), torch.tensor([threshold]))
+        assert float(got) == pytest.approx(best, abs=1e-3)
+    assert str(float(rpp.prox(torch.tensor([-0.2]), torch.tensor([0.5])))) == "0.0"
 
 
-@pytest.mark.parametrize("module", having("floor", "update_masks"))
-def test_every_matrix_keeps_its_floor(module):
-    """A matrix whose scores are all the worst keeps int(0.005 n) + 1 = 6 of 1,000, and the total is exact all the same."""
-    scores = [torch.randn(20, 50) - 100.0, torch.randn(40, 50)]
-    held = [SimpleNamespace(mask=torch.zeros_like(s)) for s in scores]
-    module.update_masks(held, scores, 0.03)
-    assert held[0].mask.sum() == 6 and held[1].mask.sum() == 84                      # 90 of 3,000
-    assert held[0].mask[scores[0] >= scores[0].flatten().sort().values[-6]].all()
+def test_reweight():
+    alpha = rpp.reweight(torch.tensor([0.0, -0.5, 2.0]), 1e-9)
+    np.testing.assert_allclose(alpha, [1e9, 2.0, 0.5], rtol=1e-5)
+
+
+def test_solve_gamma_leaves_the_share():
+    torch.manual_seed(0)
+    weights = [torch.randn(10, 10), 5 * torch.randn(20, 10)]
+    alphas = [rpp.reweight(torch.randn(10, 10), 1e-9), rpp.reweight(torch.randn(20, 10), 1e-9)]
+    for v in (0.5, 0.1, 0.01):
+        gamma = rpp.solve_gamma(weights, alphas, v, lr=0.01)
+        left = [rpp.prox(a, 0.01 * gamma * alpha) for a, alpha in zip(weights, alphas)]
+        count = sum(int(torch.count_nonzero(w)) for w in left)
+        assert abs(count - round(v * 300)) <= 1
+
+
+def test_mlm_nsp_batch():
+    tokenizer = common.load_tokenizer(str(ROOT / "mini" / "bert"))
+    documents = [[[100 + 10 * d + line] * 6 for line in range(8)] for d in range(6)]
+    rng = np.random.default_rng(0)
+    batch = rpp.mlm_nsp_batch(documents, tokenizer, 400, 40, rng)
+    asked = batch["labels"] >= 0
+    words = (batch["attention_mask"] == 1).sum() - 3 * 400
+    assert float(asked.sum() / words) == pytest.approx(0.15, abs=0.02)
+    masked = (batch["input_ids"] == tokenizer.mask_token_id) & asked
+    assert float(masked.sum() / asked.sum()) == pytest.approx(0.8, abs=0.03)
+    assert batch["input_ids"].shape[1] <= 40
+    swapped = batch["next_sentence_label"].float().mean()
+    assert 0.45 < float(swapped) < 0.65
+    original = torch.where(asked, batch["labels"], batch["input_ids"])
+    for row, types, label in zip(original, batch["token_type_ids"], batch["next_sentence_label"]):
+        text = row[(row >= 100) & (row < 160)]
+        home = set(((row[types == 0] - 100) // 10)[row[types == 0] >= 100].tolist())
+        assert len(home) == 1 and len(text) > 0
+        second = row[types == 1]
+        other = set(((second - 100) // 10)[(second >= 100) & (second < 160)].tolist())
+        assert (other == home) == (int(label) == 0)
+
+
+def test_read_corpus(tmp_path):
+    tokenizer = common.load_tokenizer(str(ROOT / "mini" / "bert"))
+    path = tmp_path / "corpus.txt"
+    path.write_text("he stole\n\na drum\na chair\n \nhe\n\n\nhe read\n")
+    documents = rpp.read_corpus(path, tokenizer)
+    assert [len(document) for document in documents] == [1, 2, 1, 1]
+    path.write_text("one document\n")
+    with pytest.raises(SystemExit, match="give four at least"):
+        rpp.read_corpus(path, tokenizer)
+    with pytest.raises(SystemExit, match="No such file"):
+        rpp.read_corpus(tmp_path / "nothing.txt", tokenizer)
+
+
+# ---- hyper-parameters
+
+@pytest.mark.parametrize("method", METHODS)
+def test_papers_hyper_parameters(method):
+    import importlib
+
+    paper = importlib.import_module(method).HYPER["paper"]
+    squad = paper["*"] | paper["squad"]
+    assert (squad["epochs"], squad["batch_size"], squad["length"]) == (10, 16, 384)
+    assert squad["lr"] == (5e-5 if method == "mgpp" else 3e-5)
+    if method in ("mvp", "soft_mvp"):
+        assert squad["score_lr"] == 1e-2 and (squad["t_i"], squad["t_f"]) == (0.1, 0.2)
+    if method == "l0":
+        assert squad["score_lr"] == 1e-1 and squad["t_f"] == 0.1
+        assert (paper["*"] | paper["qqp"])["score_lr"] == 1e-2
+    if method == "mgpp":
+        assert (squad["v_i"], squad["spike"], squad["slab"]) == (0.5, 1e-10, 0.05)
+        sst2 = paper["*"] | paper["sst2"]
+        assert (sst2["spike"], sst2["slab"], sst2["interval"]) == (1e-9, 0.1, 10)
+        assert sst2["adam"] == dict(betas=(0.9, 0.98), eps=1e-6)
+        assert squad["adam"] == dict(betas=(0.9, 0.999), eps=1e-8)

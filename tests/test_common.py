@@ -1,0 +1,287 @@
+"""common.py: readers, features, batches, metrics, BERT. Expected values are written by hand."""
+import itertools
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from transformers import AutoModelForSequenceClassification
+
+import common
+
+BERT = str(ROOT / "mini" / "bert")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return common.load_tokenizer(BERT)
+
+
+# ---- readers
+
+def write_tsv(folder, text):
+    path = folder / "train.tsv"
+    path.write_text(text)
+    return path
+
+
+def test_tsv_columns_by_name(tmp_path):
+    path = write_tsv(tmp_path, "index\tlabel\tsentence\n0\t1\ta \"quoted\" word\n1\t0\tb\n")
+    rows, labels = common.read_tsv(path, "sst2", ["0", "1"])
+    assert rows == [("a \"quoted\" word", None, 1), ("b", None, 0)]
+    assert labels == ["0", "1"]
+
+
+def test_tsv_pairs_numbers_and_own_classes(tmp_path):
+    path = write_tsv(tmp_path, "text\ttext2\tlabel\r\na\tb\tyes\r\nc\td\tno\r\n")
+    rows, labels = common.read_tsv(path, "tsv", [])
+    assert rows == [("a", "b", 1), ("c", "d", 0)]
+    assert labels == ["no", "yes"]
+    path = write_tsv(tmp_path, "sentence1\tsentence2\tscore\na\tb\t2.5\n")
+    assert common.read_tsv(path, "stsb", None)[0] == [("a", "b", 2.5)]
+
+
+def test_cola_has_no_header(tmp_path):
+    path = write_tsv(tmp_path, "gj04\t1\t\tThe first row counts.\ngj04\t0\t*\tThis row too.\n")
+    rows, _ = common.read_tsv(path, "cola", ["0", "1"])
+    assert rows == [("The first row counts.", None, 1), ("This row too.", None, 0)]
+
+
+@pytest.mark.parametrize("text, words", [
+    ("", "is empty"),
+    ("sentence\tlabel\n", "no rows"),
+    ("sentence\tclass\na\t1\n", "no column 'label'"),
+    ("sentence\tlabel\na\t1\nb\n", "line 3: the row is cut short"),
+    ("sentence\tlabel\na\t1\nb\t2\n", "line 3: label '2' is not one of"),
+])
+def test_bad_tsv(tmp_path, text, words):
+    path = write_tsv(tmp_path, text)
+    with pytest.raises(SystemExit, match=words) as error:
+        common.read_tsv(path, "sst2", ["0", "1"])
+    assert str(path) in str(error.value)
+
+
+def test_no_text(tmp_path):
+    (tmp_path / "train.tsv").write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(SystemExit, match="cannot be read as text"):
+        common.read_tsv(tmp_path / "train.tsv", "sst2", ["0", "1"])
+    with pytest.raises(SystemExit, match="No such file"):
+        common.read_tsv(tmp_path / "dev.tsv", "sst2", ["0", "1"])
+
+
+def squad_file(folder, context, answers, text=None):
+    qa = {"id": "q7", "question": " Who? ",
+          "answers": [{"text": a, "answer_start": at} for a, at in answers]}
+    body = {"data": [{"paragraphs": [{"context": context, "qas": [qa]}]}]}
+    path = folder / "train-v1.1.json"
+    path.write_text(json.dumps(body) if text is None else text)
+    return path
+
+
+def test_squad(tmp_path):
+    path = squad_file(tmp_path, "It was Ann.", [("Ann", 7)])
+    assert common.read_squad(path) == [("q7", "Who?", "It was Ann.", [("Ann", 7)])]
+
+
+@pytest.mark.parametrize("answers, text, words", [
+    ([("Ann", 6)], None, "question q7: the context does not hold"),
+    ([], None, "question q7"),
+    ([], "{\"data\": [", "not in SQuAD 1.1's format"),
+    ([], "{\"rows\": []}", "not in SQuAD 1.1's format"),
+])
+def test_bad_squad(tmp_path, answers, text, words):
+    with pytest.raises(SystemExit, match=words):
+        common.read_squad(squad_file(tmp_path, "It was Ann.", answers, text))
+
+
+def test_download_needs_a_network(tmp_path, monkeypatch):
+    def refuse(url, path, hash_prefix=None):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    with pytest.raises(SystemExit, match="put it at .*dev-v1.1.json|put it at .*train-v1.1.json"):
+        common.download("squad", tmp_path)
+    with pytest.raises(SystemExit, match="--preset mini"):
+        common.download("sst2", tmp_path)
+    with pytest.raises(SystemExit, match="MRPC has no such file"):
+        common.download("mrpc", tmp_path)
+
+
+def test_download_unpacks(tmp_path, monkeypatch):
+    import zipfile
+
+    def deliver(url, path, hash_prefix=None):
+        assert url.endswith("/SST-2.zip")
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("SST-2/train.tsv", "sentence\tlabel\na\t1\n")
+            archive.writestr("SST-2/dev.tsv", "sentence\tlabel\nb\t0\n")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", deliver)
+    common.download("sst2", tmp_path)
+    assert (tmp_path / "glue/SST-2/dev.tsv").read_text() == "sentence\tlabel\nb\t0\n"
+
+
+# ---- features and batches
+
+def test_windows_of_squad(tokenizer):
+    """Windows start 128 tokens apart, hold all of the context, and point at the answer's text."""
+    words = ["he", "stole", "a", "drum", "."] * 60
+    context = " ".join([*words, "silver mirror", *words])
+    at = context.index("silver mirror")
+    rows = [("q", "What ?", context, [("silver mirror", at)])]
+    features = common.squad_features(rows, tokenizer, 384)
+    starts = [next(s for s in f["spans"] if s) for f in features]
+    all_tokens = tokenizer(context, add_special_tokens=False, return_offsets_mapping=True)
+    offsets = all_tokens["offset_mapping"]
+    assert [offsets.index(tuple(s)) for s in starts] == [128 * i for i in range(len(starts))]
+    assert max(s[1] for f in features for s in f["spans"] if s) == len(context)
+    pointing = 0
+    for f in features:
+        assert len(f["input_ids"]) == len(f["spans"]) == len(f["token_type_ids"]) <= 384
+        first, last = f["start_positions"], f["end_positions"]
+        if first == 0:
+            begins = [s[0] for s in f["spans"] if s]
+            ends = [s[1] for s in f["spans"] if s]
+            assert not (begins[0] <= at and at + len("silver mirror") <= ends[-1]) and last == 0
+        else:
+            pointing += 1
+            assert context[f["spans"][first][0]:f["spans"][last][1]] == "silver mirror"
+    assert pointing >= 2
+
+
+def test_long_question_is_cut(tokenizer):
+    question = "who stole a drum " * 40
+    rows = [("q", question, "Ann stole a drum.", [("Ann", 0)])]
+    (feature,) = common.squad_features(rows, tokenizer, 384)
+    assert feature["token_type_ids"].index(1) == 64 + 2         # [CLS], 64 tokens, [SEP]
+
+
+def test_pairs(tokenizer):
+    rows = [("he stole", "a drum", 1)]
+    (feature,) = common.text_features(rows, tokenizer, 128)
+    tokens = tokenizer.convert_ids_to_tokens(feature["input_ids"])
+    assert tokens == ["[CLS]", "he", "stole", "[SEP]", "a", "drum", "[SEP]"]
+    assert feature["token_type_ids"] == [0, 0, 0, 0, 1, 1, 1]
+    assert feature["labels"] == 1
+
+
+def test_batches_depend_on_seed_and_step(data, tokenizer):
+    task = common.Data("mnli", data, tokenizer, 128)
+    first = list(itertools.islice(task.batches(0, 8, 3), 20))
+    assert list(itertools.islice(task.batches(11, 8, 3), 9)) == first[11:]
+    assert list(itertools.islice(task.batches(0, 8, 4), 20)) != first
+    epoch = [id(feature) for batch in first[:8] for feature in batch]
+    assert sorted(epoch) == sorted(id(feature) for feature in task.train)       # each row once
+    assert sum(first[8:16], []) != sum(first[:8], [])
+
+
+def test_collate_pads(data, tokenizer):
+    task = common.Data("squad", data, tokenizer, 128)
+    batch = task.collate(task.train[:5])
+    longest = max(len(f["input_ids"]) for f in task.train[:5])
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (5, longest)
+    assert batch["start_positions"].shape == (5,)
+    assert "start_positions" not in task.collate(task.train[:5], targets=False)
+
+
+# ---- metrics
+
+def test_em_f1_by_hand():
+    assert common.em_f1("The  Silver, mirror!", ["silver mirror"]) == (1.0, 1.0)
+    em, f1 = common.em_f1("old silver mirror", ["a mirror", "silver"])
+    assert (em, round(f1, 6)) == (0.0, 0.5)                     # precision 1/3, recall 1
+    assert common.em_f1("drum", ["mirror"]) == (0.0, 0.0)
+
+
+def test_squad_metrics_take_the_best_window():
+    rows = [("q", "?", "Ann saw Bob", [("Bob", 8)])]
+    features = [dict(row=0), dict(row=0)]
+    metrics = common.squad_metrics(rows, features, [(1.0, 0, 3), (2.0, 8, 11)])
+    assert metrics == {"EM": 100.0, "F1": 100.0}
+
+
+def test_best_spans_against_brute_force():
+    random.seed(0)
+    starts, ends = torch.randn(3, 50), torch.randn(3, 50)
+    features = []
+    for n in (50, 45, 12):
+        spans = [None] * 5 + [(10 * i, 10 * i + 9) for i in range(n - 6)] + [None]
+        features.append(dict(spans=spans))
+    for row, (score, begin, end) in enumerate(common.best_spans(starts, ends, features)):
+        spans = features[row]["spans"]
+        best = max((starts[row, i] + ends[row, j], spans[i][0], spans[j][1])
+                   for i in range(len(spans)) for j in range(i, min(i + 30, len(spans)))
+                   if spans[i] and spans[j])
+        assert (begin, end) == best[1:] and abs(score - best[0]) < 1e-5
+
+
+def test_glue_metrics_by_hand():
+    logits = np.array([[2.0, 1.0], [0.0, 1.0], [0.0, 3.0], [1.0, 0.0]])       # guesses 0 1 1 0
+    gold = np.array([0, 1, 0, 1])
+    assert common.glue_metrics("sst2", "dev", logits, gold) == {"acc": 50.0}
+    assert common.glue_metrics("mnli", "dev_mismatched", logits, gold) == {"acc_mm": 50.0}
+    assert common.glue_metrics("qqp", "dev", logits, gold) == {"acc": 50.0, "F1": 50.0}
+    assert common.glue_metrics("cola", "dev", logits, gold)["mcc"] == pytest.approx(0.0)
+    gold = np.array([0, 1, 1, 1])               # TP 2, TN 1, FN 1: (2 * 1 - 0) / sqrt(2 * 3 * 1 * 2)
+    assert common.glue_metrics("cola", "dev", logits, gold)["mcc"] == pytest.approx(100 / 3 ** 0.5)
+    guesses = np.array([[1.0], [2.0], [2.0], [9.0]])
+    metrics = common.glue_metrics("stsb", "dev", guesses, np.array([1.0, 3.0, 2.0, 4.0]))
+    assert metrics["spearman"] == pytest.approx(100 * 0.9486833)
+    assert metrics["pearson"] == pytest.approx(100 * 12 / (41 * 5) ** 0.5)     # deviations by hand
+
+
+# ---- BERT
+
+def test_prunable_and_count(data, tokenizer):
+    task = common.Data("tsv", data, tokenizer, 64)
+    model = common.load_bert(BERT, task)
+    layers = common.prunable(model)
+    assert len(layers) == 6 * 4
+    assert sum(layer.weight.numel() for layer in layers.values()) == 786432
+    assert not any("pooler" in name or "classifier" in name for name in layers)
+    first = next(iter(layers.values()))
+    with torch.no_grad():
+        first.weight[:, :64] = 0
+    shares, kept, total = common.count_kept(model)
+    zeros = sum(int((layer.weight == 0).sum()) for layer in layers.values())
+    assert next(iter(shares.values())) == 0.5
+    assert kept == pytest.approx(1 - zeros / 786432) and total == 786432
+
+
+def test_not_a_bert(tmp_path, data, tokenizer):
+    with pytest.raises(SystemExit, match="cannot be loaded"):
+        common.load_tokenizer(str(tmp_path / "nothing"))
+    (tmp_path / "config.json").write_text("{\"model_type\": \"gpt2\"}")
+    with pytest.raises(SystemExit, match="give"):
+        common.load_tokenizer(str(tmp_path))
+    (tmp_path / "config.json").write_text("{\"model_ty")
+    with pytest.raises(SystemExit, match="cannot be loaded"):
+        common.load_tokenizer(str(tmp_path))
+
+
+def test_teacher_must_fit(tmp_path, data, tokenizer):
+    task = common.Data("tsv", data, tokenizer, 64)
+    with pytest.raises(SystemExit, match="give a model trained on tsv"):
+        common.load_bert(BERT, task, teacher=True)              # no head
+    model = common.load_bert(BERT, task)
+    model.config.finetuning_task = "mnli"
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="was trained on mnli"):
+        common.load_bert(str(tmp_path), task, teacher=True)
+
+
+def test_evaluate_is_the_plain_models(data, tokenizer):
+    """Accuracy by the plain transformers model, one row at a time."""
+    task = common.Data("tsv", data, tokenizer, 64)
+    torch.manual_seed(0)
+    model = common.load_bert(BERT, task)
+    right = 0
+    model.eval()
+    for text, _, label in task.rows["dev"]:
+        out = model(**tokenizer(text, return_tensors="pt"))
+        right += int(out.logits.argmax()) == label
+    assert isinstance(model, AutoModelForSequenceClassification._model_mapping[type(model.config)])
+    assert task.evaluate(model) == {"acc": pytest.approx(100 * right / 40)}

@@ -1,0 +1,88 @@
+"""A user's mistake ends in one sentence, without a traceback, and touches nothing."""
+import importlib
+import shutil
+
+import pytest
+from conftest import ROOT, arguments, start_script
+
+BERT = ROOT / "mini" / "bert"
+
+
+def fails(method, data, out, *flags):
+    """The sentence with which a run in this process ends."""
+    script = importlib.import_module(method)
+    with pytest.raises(SystemExit) as error:
+        script.main(script.flags().parse_args(arguments(data, out, *flags)))
+    assert not (out / "result.json").exists() and not (out / "model.safetensors").exists()
+    return str(error.value)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--sparsity", "0"], "fraction KEPT"),
+    (["--sparsity", "97"], "fraction KEPT"),
+    (["--steps", "0"], "--steps"),
+    (["--batch_size", "-1"], "--batch_size"),
+    (["--lr", "0"], "--lr"),
+    (["--device", "cuda:9"], "--device cuda:9 is not there"),
+    (["--device", "toaster"], "--device toaster is not there"),
+    (["--model", "no/such/folder"], "cannot be loaded"),
+    (["--teacher", str(BERT)], "give a model trained on squad"),
+    (["--task", "sst2"], "SST-2/train.tsv"),
+    (["--resume"], "holds no unfinished run"),
+    (["--lr", "1e30"], "the loss is"),
+])
+def test_sentence(data, tmp_path, flags, words):
+    sentence = fails("magnitude", data, tmp_path / "out", *flags)
+    assert words in sentence and "\n" not in sentence
+
+
+def test_out_with_something_else(data, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert "something other than a run" in fails("mvp", data, tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_out_is_the_model(data, tmp_path):
+    shutil.copytree(BERT, tmp_path / "bert")
+    (tmp_path / "bert" / "log.jsonl").write_text("")
+    before = (tmp_path / "bert" / "model.safetensors").read_bytes()
+    script = importlib.import_module("mvp")
+    for flag in ("--model", "--teacher"):
+        words = arguments(data, tmp_path / "bert", flag, tmp_path / "bert")
+        with pytest.raises(SystemExit, match="give another"):
+            script.main(script.flags().parse_args(words))
+    assert (tmp_path / "bert" / "model.safetensors").read_bytes() == before
+
+
+def test_rpp_mistakes(data, tmp_path):
+    assert "nothing.txt" in fails("rpp", data, tmp_path / "a", "--corpus", "nothing.txt")
+    (tmp_path / "empty.txt").write_text(" \n")
+    assert "is empty" in fails("rpp", data, tmp_path / "b", "--corpus", tmp_path / "empty.txt")
+    assert "cannot be loaded" in fails("rpp", data, tmp_path / "c", "--support", "nowhere")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "log.jsonl").write_text("")
+    assert "--support folder" in fails("rpp", data, tmp_path / "d", "--support", tmp_path / "d")
+    needs = fails("rpp", data, tmp_path / "e", "--preset", "paper", "--model", str(BERT))
+    assert "give --corpus FILE" in needs
+
+
+def test_advice_on_the_complement(data, tmp_path, capsys):
+    from conftest import run
+
+    run("magnitude", data, tmp_path, "--sparsity", "0.97")
+    lines = capsys.readouterr().out.split("\n")
+    assert "keeps 97.00%" in lines[0] and "did you mean 0.03?" in lines[1]
+
+
+def test_from_the_command_line(data, tmp_path):
+    process = start_script("l0", data, tmp_path, "--sparsity", "3")
+    assert process.returncode == 1 and "Traceback" not in process.stderr
+    assert process.stderr.strip().count("\n") == 0
+    process = start_script("l0", data, tmp_path, "--steps", "many")
+    assert process.returncode == 2 and "Traceback" not in process.stderr
+
+
+def test_paper_preset_without_a_network(data, tmp_path):
+    process = start_script("soft_mvp", data, tmp_path, "--preset", "paper")
+    assert process.returncode == 1 and "Traceback" not in process.stderr
+    assert "--preset mini" in process.stderr
