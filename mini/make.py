@@ -81,7 +81,7 @@ class World:
             "year": w.YEARS,
             "thing": w.THINGS,
             "trade": w.TRADES,
-            "good": w.GOODS,
+            "good": w.GOODS
         }
 
     def deal(self, firsts, seconds, text):
@@ -448,7 +448,7 @@ def new_bert(n_words):
         max_position_embeddings=128,
         initializer_range=0.08,
         hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0
     )
     model = BertForPreTraining(config)
     embeddings = model.bert.embeddings
@@ -471,7 +471,7 @@ def pretrain(folder, tokenizer, steps, warm_up=300):
     vectors = [p for p in model.parameters() if p.dim() == 1]
     groups = [
         {"params": matrices, "weight_decay": 0.01},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": vectors, "weight_decay": 0.0}
     ]
     optimizer = torch.optim.AdamW(groups, lr=7e-4, betas=(0.9, 0.98))
     names = tokenizer.convert_tokens_to_ids(" ".join(NAMES).lower().split())
