@@ -1,0 +1,85 @@
+"""What a step of each method costs beside a dense step.
+
+    python results/bench.py mini --pairs 5     the embedded BERT, batches of 32
+    python results/bench.py base --pairs 3     BERT-base's shape, random weights, 8 x 384 tokens
+
+Each pair is two runs of the scripts themselves, dense (magnitude.py --sparsity 1) and then the
+method, one after the other, because a machine's speed drifts. Printed are the milliseconds of a
+step as the run's result.json has them, a method's ratio to the dense run beside it (median and
+quartiles over the pairs), and the peak of memory. rpp: fine-tuning on a support.
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoTokenizer, BertConfig, BertForPreTraining
+
+ROOT = Path(__file__).resolve().parent.parent
+METHODS = ["magnitude", "mvp", "soft_mvp", "l0", "mgpp", "rpp"]
+
+
+def make_base(folder):
+    """BERT-base's shape with random weights, and texts long enough for 384 tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "mini" / "bert")
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=384)
+    BertForPreTraining(config).save_pretrained(folder / "bert")
+    tokenizer.save_pretrained(folder / "bert")
+    (folder / "tsv").mkdir()
+    rows = [f"{'he stole a drum ' * 150}\t{i % 2}" for i in range(64)]
+    (folder / "tsv" / "train.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
+    (folder / "tsv" / "dev.tsv").write_text("\n".join(["text\tlabel", *rows[:8]]) + "\n")
+
+
+def run(words):
+    """(milliseconds a step, gigabytes at the peak) of one run."""
+    with tempfile.TemporaryDirectory() as out:
+        process = subprocess.Popen([sys.executable, *words, "--out", f"{out}/run"], cwd=ROOT,
+                                   stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise SystemExit(f"{' '.join(words)} ended with status {status}")
+        result = json.loads(Path(out, "run", "result.json").read_text())
+    return result["ms_per_step"], usage.ru_maxrss / 1e6
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=["mini", "base"])
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--only", nargs="*", default=METHODS)
+    args = parser.parse_args()
+    folder = Path(tempfile.mkdtemp())
+    flags = ["--device", "cpu", "--preset", "mini", "--steps", "60"]
+    if args.shape == "base":
+        make_base(folder)
+        flags = ["--device", "cpu", "--preset", "mini", "--task", "tsv", "--data", str(folder),
+                 "--model", str(folder / "bert"), "--steps", "5", "--batch_size", "8"]
+    support = folder / "support"
+    if "rpp" in args.only:
+        words = ["rpp.py", *flags, "--sparsity", "0.1", "--pretrain_steps", "2", "--out", support]
+        subprocess.run([sys.executable, *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    print("| method | ms a step (dense's) | x dense: median (quartiles) | memory, GB (dense's) |")
+    print("|---|---|---|---|")
+    for method in args.only:
+        pairs = []
+        for _ in range(args.pairs):
+            dense = run(["magnitude.py", *flags, "--sparsity", "1"])
+            words = [f"{method}.py", *flags, "--sparsity", "0.1"]
+            if method == "rpp":
+                words += ["--support", str(support)]
+            pairs.append((*run(words), *dense))
+        ms, memory, dense_ms, dense_memory = np.median(pairs, axis=0)
+        ratios = [pair[0] / pair[2] for pair in pairs]
+        low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+        print(f"| {method} | {ms:.0f} ({dense_ms:.0f}) | {middle:.2f} ({low:.2f} to {high:.2f}) | "
+              f"{memory:.2f} ({dense_memory:.2f}) |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
