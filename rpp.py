@@ -29,7 +29,7 @@ import common
 # eps are the paper's (recalled); the rest, and the mini preset, are ours. A --steps, --batch_size
 # or --lr that is given holds in both phases, but --pretrain_steps goes before --steps.
 # warmup: fraction of the steps in which lr rises. lr_end: fraction of lr left at the last step.
-# recover: fraction of the steps of pre-training after the last round.
+# recover: fraction of the steps of pre-training after the last round. p: the highest exponent.
 # length: tokens in a text. clip: the norm to which all gradients together are clipped.
 MINI = dict(
     model=str(common.MINI / "bert"),
@@ -42,7 +42,7 @@ MINI = dict(
     pretrain=dict(
         steps=200, batch_size=32, lr=1e-3,
         length=96, warmup=0.05, recover=0.3,
-        eps=1e-9,
+        p=5, eps=1e-9,
     ),
 )
 PAPER = MINI | dict(
@@ -152,9 +152,9 @@ def prox(a, threshold):
     return a - a.clamp(-threshold, threshold)   # what lies within the threshold is taken away
 
 
-def reweight(w, eps):
-    """alpha = 1 / (|w| + eps): 1 / eps, which no step of Adam's outgrows, for a zero."""
-    return 1 / (w.abs() + eps)
+def reweight(w, p, eps):
+    """alpha = 1 / (|w|^p + eps): 1 / eps, which no step of Adam's outgrows, for a zero."""
+    return 1 / (w.abs() ** p + eps)
 
 
 def solve_gamma(weights, alphas, v, lr):
@@ -459,7 +459,8 @@ def main(args):
                         w.copy_(prox(w, lr * gamma * alpha))
                     finished = done * args.rounds // rounds_end
                     if finished > step * args.rounds // rounds_end:     # a round has ended
-                        alphas = [reweight(w, settings["eps"]) for w in weights]
+                        p = 1 if args.gamma else min(finished, settings["p"])
+                        alphas = [reweight(w, p, settings["eps"]) for w in weights]
 
             if rank == 0 and (done % 50 == 0 or done == steps):
                 kept = common.count_kept(found)[1]

@@ -1,8 +1,8 @@
 """Two questions about constants, asked of the embedded world: MGPP's spike and RPP's exponent.
 
     python results/sweep.py spike       mgpp.py: plain L2 (--mix 1), and spikes from 1e-12 to 1e-4
-    python results/sweep.py exponent    rpp.py: alpha = 1 / (|w|^p + eps) with p = 1, and with p the
-                                        number of the round, 5 at most
+    python results/sweep.py exponent    rpp.py: alpha = 1 / (|w|^p + eps) with p the number of the
+                                        round, 5 at most, and with p = 1
 Three seeds each. A finished run (result.json under --runs) is not made again. results/sweep.tsv has
 a row for each run.
 """
@@ -33,45 +33,38 @@ def runs(question):
             for sparsity in (0.1, 0.4):
                 flags = ["--sparsity", f"{sparsity}", "--seed", f"{seed}"]
                 flags += ["--pretrain_steps", "2000"]
-                yield "p = 1", "rpp.py", flags
-                yield "p = round", "rpp_round.py", flags
+                yield "p=1", "rpp_with_p_1", flags
+                yield "p=round", "rpp.py", flags
 
 
-def growing_exponent(flags):
-    """Run rpp.py with another reweight: |w| to the power of the number of the round, 5 at most."""
+def rpp_with_p_1(flags):
+    """Run rpp.py with the exponent 1 in every round."""
     sys.path.insert(0, str(ROOT))
     import rpp
 
-    calls = []
-
-    def reweight(w, eps):
-        calls.append(1)
-        matrices = 24                           # all of the embedded BERT's, once a round
-        p = min((len(calls) - 1) // matrices + 1, 5)
-        return 1 / (w.abs() ** p + eps)
-
-    rpp.reweight = reweight
+    rpp.MINI["pretrain"]["p"] = 1
     rpp.main(rpp.flags().parse_args(flags))
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("question", choices=["spike", "exponent", "rpp_round"])
+    parser.add_argument("question", choices=["spike", "exponent", "rpp_with_p_1"])
     parser.add_argument("--runs", default="out/sweep")
     args, rest = parser.parse_known_args()
-    if args.question == "rpp_round":
-        growing_exponent(rest)
+    if args.question == "rpp_with_p_1":
+        rpp_with_p_1(rest)
         return
     rows = []
     if TSV.exists():
         rows = [line.split("\t") for line in TSV.read_text().splitlines()[1:]]
     for variant, script, flags in runs(args.question):
         sparsity, seed = flags[1], flags[3]
-        out = Path(args.runs) / f"{script[:-3]}-{variant.replace(' ', '')}-{sparsity}-s{seed}"
+        out = Path(args.runs) / f"{script[:-3]}-{variant}-{sparsity}-s{seed}"
         words = [script, *flags]
-        if script == "rpp_round.py":
-            words = ["results/sweep.py", "rpp_round", *flags]
+        if script == "rpp_with_p_1":
+            out = Path(args.runs) / f"rpp-p=1-{sparsity}-s{seed}"
+            words = ["results/sweep.py", script, *flags]
         common_flags = ["--task", "squad", "--preset", "mini", "--device", "cpu"]
         if not (out / "result.json").exists():
             command = [sys.executable, *words, *common_flags, "--out", str(out.resolve())]

@@ -115,7 +115,8 @@ def test_no_other_python_file_at_the_top():
 
 
 @pytest.mark.parametrize("first, second, most", [
-    ("magnitude", "mvp", 45), ("mvp", "soft_mvp", 75), ("mvp", "l0", 130), ("magnitude", "mgpp", 120)])
+    ("magnitude", "mvp", 45), ("mvp", "soft_mvp", 75),
+    ("mvp", "l0", 130), ("magnitude", "mgpp", 120)])
 def test_ladder(first, second, most):
     assert changed_lines(f"{first}.py", f"{second}.py") <= most
 

@@ -1,0 +1,440 @@
+"""Two pruning methods, copied into another project: text generation with torch and transformers.
+
+MGPP (mgpp.py) and soft movement pruning (soft_mvp.py) prune an encoder-decoder while it learns to
+generate. Nothing is imported from the scripts: each banner names the script and the slot that the
+lines below it were copied from. All else is an ordinary training loop. tests/test_examples.py holds
+the copies equal to the scripts.
+
+Pruned     every nn.Linear in the layers of encoder and decoder; not the embeddings, not the LM head
+Data       DIR/{train,dev}.tsv with the columns source and target. By default a text and an answer
+           are the source, and the question is the target (mini/make.py)
+Model      a folder or hub name of an encoder-decoder; or of a BERT, which then starts both halves,
+           while the decoder's attention to the encoder starts from random weights
+Scores     exact match and ROUGE-1, -2 and -L (F1) over words in lower case, without stemming
+
+Run
+    python examples/generate.py --method mgpp --sparsity 0.1          four minutes on a CPU
+    python examples/generate.py --method dense
+    python examples/generate.py --model t5-small --data DIR --beams 4 --max_new_tokens 60
+The last line: RESULT mgpp generate keeps 10.00% (prunes 90.00%) EM .. ROUGE-1 .. ROUGE-2 ..
+ROUGE-L .. | steps, seconds, seed | folder.
+"""
+import argparse
+import collections
+import json
+import math
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    EncoderDecoderModel,
+    get_linear_schedule_with_warmup,
+    logging,
+)
+
+MINI = Path(__file__).resolve().parent.parent / "mini"
+
+# ---- copied from mgpp.py and soft_mvp.py: <method: hyper-parameters>, of the mini preset
+HYPER = dict(
+    t_i=0.05, t_f=0.3,
+    v_i=0.7, mix=None, spike=1e-10, slab=0.05, interval=10,
+    adam=dict(betas=(0.9, 0.999), eps=1e-8),
+    score_lr=1e-2, lambda_f=1000.0, penalty=None,
+)
+
+
+# ---- copied from mgpp.py: <method: definitions>, without lr_factor and task_loss
+
+def progress(step, steps, t_i, t_f):
+    """How far pruning has come: below 0 before t_i, 1 from the last zeroing on."""
+    length = max(1.0, (1 - t_i - t_f) * steps)
+    return min(1.0, (step - t_i * steps) / length)
+
+
+def schedule(step, steps, v_f, t_i, t_f, v_i):
+    """v, the fraction left by a zeroing at this step: 1 before t_i, then from v_i down a cubic."""
+    done = progress(step, steps, t_i, t_f)
+    if done < 0:
+        return 1.0
+    return v_f + (max(v_i, v_f) - v_f) * (1 - done) ** 3
+
+
+def mixing_weight(step, steps, t_i, t_f):
+    """lam, the weight of the slab: falls linearly from 0.1 to 1e-4 while weights are pruned."""
+    done = max(0.0, progress(step, steps, t_i, t_f))
+    return 0.1 + (1e-4 - 0.1) * done
+
+
+def prior_gradient(w, lam, s0, s1):
+    """-grad log pi(w) of the prior lam N(0, s1) + (1 - lam) N(0, s0), 0 < lam <= 1; w's shape."""
+    if lam == 1:
+        return w / s1                           # no spike: plain L2
+    c1 = math.log(lam / (1 - lam)) + 0.5 * math.log(s0 / s1)
+    c2 = 0.5 / s0 - 0.5 / s1
+    g = torch.sigmoid(-c1 - c2 * w * w)         # the spike's share of the density at w
+    return w * (1 / s1 + g * (1 / s0 - 1 / s1))                         # w (g / s0 + (1 - g) / s1)
+
+
+def kth_largest(x, k):
+    """The k-th largest of the n elements of a flat tensor, 1 <= k <= n, selected without a sort."""
+    if x.device.type == "cpu":                  # numpy's selection is the fastest there
+        place = len(x) - k
+        return x.new_tensor(np.partition(x.numpy(), place)[place])
+    return x.topk(k, sorted=False).values.min()
+
+
+def top_v(scores, v):
+    """M = Top_v(S): True for the largest round(v n), 1 at least, of n elements; of ties the first.
+    """
+    flat = scores.flatten()
+    k = max(1, round(v * len(flat)))
+    threshold = kth_largest(flat, k)
+    mask = flat >= threshold
+    surplus = int(torch.count_nonzero(mask)) - k
+    if surplus:                                 # ties with the k-th: drop the last ones
+        mask[(flat == threshold).nonzero().flatten()[-surplus:]] = False
+    return mask.view_as(scores)
+
+
+@torch.no_grad()
+def zero_smallest(weights, v):
+    """Set the smallest |w| of all matrices together to 0, so that round(v n) of all n remain."""
+    row = torch.cat([w.flatten() for w in weights]).abs_()              # (n,)
+    remains = top_v(row, v).split([w.numel() for w in weights])
+    for w, stays in zip(weights, remains):
+        w.mul_(stays.view_as(w))
+
+
+# ---- copied from soft_mvp.py: <method: definitions>, without what mgpp.py has too. Both scripts have
+# a function named schedule; soft movement's is soft_schedule here.
+
+def soft_schedule(step, steps, v_f, t_i, t_f):
+    """v, the fraction kept at this step: 1, then down the cubic of eq. 5, then v_f."""
+    done = (step - t_i * steps) / max(1.0, (1 - t_i - t_f) * steps)
+    done = min(max(done, 0.0), 1.0)
+    return v_f + (1 - v_f) * (1 - done) ** 3
+
+
+def floor(n):
+    """The least fraction that global ranking keeps of a matrix of n weights, about 0.5 %."""
+    return (int(0.005 * n) + 1) / n
+
+
+@torch.no_grad()
+def update_masks(masked, scores, v):
+    """One threshold for all matrices: M is Top_v of all scores together, after each one's floor."""
+    sizes = [s.numel() for s in scores]
+    row = torch.cat([s.flatten() for s in scores])                      # (n,)
+    for part in row.split(sizes):                                       # a view of the row
+        part[top_v(part, min(v, floor(len(part))))] = torch.inf         # ranks before all others
+    for m, mask in zip(masked, top_v(row, v).split(sizes)):
+        m.mask.copy_(mask.view_as(m.mask))
+
+
+@torch.no_grad()
+def update_masks_open(masked, scores, tau):
+    """The paper's open loop: M = (sigmoid(S) > tau), and at least the floor of each matrix."""
+    for m, s in zip(masked, scores):
+        m.mask.copy_((torch.sigmoid(s) > tau) | top_v(s, floor(s.numel())))
+
+
+def sigmoid_penalty(scores):
+    """The mean over matrices of the mean of sigmoid(S) in the matrix."""
+    return torch.stack([torch.sigmoid(s).mean() for s in scores]).mean()
+
+
+class StraightThrough(torch.autograd.Function):
+    """W' = W * M, with a backward pass as if M were S itself."""
+
+    @staticmethod
+    def forward(ctx, weight, scores, mask):
+        ctx.save_for_backward(weight, mask)
+        return weight * mask
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, mask = ctx.saved_tensors
+        # grad: dL/dW'. Returned: dL/dW, of kept weights alone; dL/dS, of every weight; no dL/dM.
+        return grad * mask, grad * weight, None
+
+
+class Masked(nn.Module):
+    """A parametrization: the layer computes with W' = W * M, and its scores learn through M."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.scores = nn.Parameter(torch.zeros_like(weight))            # S: (out, in)
+        self.register_buffer("mask", torch.ones_like(weight), persistent=False)     # M: (out, in)
+
+    def forward(self, weight):
+        return StraightThrough.apply(weight, self.scores, self.mask)
+
+
+# ---- data and scores
+
+def read_tsv(path):
+    """[(source, target)]"""
+    header, *lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    places = [header.split("\t").index(name) for name in ("source", "target")]
+    rows = [line.split("\t") for line in lines]
+    return [[row[place] for place in places] for row in rows]
+
+
+def words(text):
+    return re.findall(r"\w+", text.lower())
+
+
+def f1(same, n_guess, n_gold):
+    return 2 * same / max(1, n_guess + n_gold)
+
+
+def rouge_n(guess, gold, n):
+    """ROUGE-N of two lists of words: F1 over their runs of n words."""
+    guess = collections.Counter(zip(*(guess[i:] for i in range(n))))
+    gold = collections.Counter(zip(*(gold[i:] for i in range(n))))
+    return f1((guess & gold).total(), guess.total(), gold.total())
+
+
+def rouge_l(guess, gold):
+    """ROUGE-L of two lists of words: F1 of their longest common subsequence."""
+    longest = [0] * (len(gold) + 1)             # of the guess so far and gold's first j words
+    for word in guess:
+        before = 0                              # longest[j] before this word
+        for j, other in enumerate(gold):
+            above = longest[j + 1]
+            longest[j + 1] = before + 1 if word == other else max(above, longest[j])
+            before = above
+    return f1(longest[-1], len(guess), len(gold))
+
+
+def score(guesses, golds):
+    """The means over all texts, in percent, as one line."""
+    rows = []
+    for guess, gold in zip(map(words, guesses), map(words, golds)):
+        rouge = [rouge_n(guess, gold, 1), rouge_n(guess, gold, 2), rouge_l(guess, gold)]
+        rows.append([guess == gold, *rouge])
+    means = 100 * np.mean(rows, axis=0)
+    return dict(zip(["EM", "ROUGE-1", "ROUGE-2", "ROUGE-L"], means.tolist()))
+
+
+def show(scores):
+    return " ".join(f"{name} {value:.1f}" for name, value in scores.items())
+
+
+# ---- model
+
+def load(name):
+    """(tokenizer, encoder-decoder); a BERT starts both halves."""
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if AutoConfig.from_pretrained(name).is_encoder_decoder:
+        return tokenizer, AutoModelForSeq2SeqLM.from_pretrained(name)
+    model = EncoderDecoderModel.from_encoder_decoder_pretrained(name, name)
+    special = dict(
+        decoder_start_token_id=tokenizer.cls_token_id,
+        eos_token_id=tokenizer.sep_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.config.update(special)
+    model.generation_config.update(**special)
+    return tokenizer, model
+
+
+def prunable(model):
+    """{name: Linear} of the layers: their names hold a number."""
+    return {name: module for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and re.search(r"\.\d+\.", name)}
+
+
+def share_kept(layers):
+    kept = sum(int(torch.count_nonzero(layer.weight)) for layer in layers.values())
+    return kept / sum(layer.weight.numel() for layer in layers.values())
+
+
+def generate(model, dev, collate, tokenizer, args):
+    """The generated text of each source."""
+    model.eval()
+    texts = []
+    for at in range(0, len(dev), 100):
+        batch = collate(dev[at:at + 100]).to(model.device)
+        ids = model.generate(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+            num_beams=args.beams, max_new_tokens=args.max_new_tokens)
+        texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return texts
+
+
+def main(args):
+    started = time.time()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.manual_seed(args.seed)
+    if args.method == "dense":
+        args.sparsity = 1.0
+    out = args.out or Path(f"out/generate-{args.method}-{args.sparsity:g}-s{args.seed}")
+    print(f"{args.method}: keeps {args.sparsity:.2%} (prunes {1 - args.sparsity:.2%})")
+
+    # ---- data and model
+    tokenizer, model = load(args.model)
+    model = model.to(args.device).train()
+    collate = DataCollatorForSeq2Seq(tokenizer, model=model)
+    data = argparse.Namespace()
+    for name in ("train", "dev"):
+        sources, targets = zip(*read_tsv(args.data / f"{name}.tsv"))
+        encoded = tokenizer(list(sources), text_target=list(targets), truncation=True,
+                            max_length=min(512, tokenizer.model_max_length))
+        rows = [dict(zip(encoded, values)) for values in zip(*encoded.values())]
+        setattr(data, name, rows)
+        if name == "train":
+            often, _ = collections.Counter(targets).most_common(1)[0]
+    sentences = [source.split(". ")[0] for source in sources]
+    print(f"floor: the source's first sentence: {show(score(sentences, targets))}")
+    print(f"floor: the most frequent target: {show(score([often] * len(targets), targets))}")
+    layers = prunable(model)
+    groups = [{"params": list(model.parameters()), "lr": args.lr}]
+
+    if args.method == "mgpp":
+        # ---- copied from mgpp.py: <method: setup>
+        weights = [layer.weight for layer in layers.values()]   # W: (out, in) each, pruned in place
+        groups[0] |= args.adam
+        first = max(1, math.ceil(args.t_i * args.steps))        # steps done at the first zeroing
+        last = round((1 - args.t_f) * args.steps)               # and at the last
+        n = len(data.train)                                     # training examples
+    if args.method == "soft_mvp":
+        # ---- copied from soft_mvp.py: <method: setup>
+        # no mask and no score if V = 1: dense fine-tuning
+        masked = [Masked(layer.weight) for layer in layers.values() if args.sparsity < 1]
+        for layer, m in zip(layers.values(), masked):
+            parametrize.register_parametrization(layer, "weight", m)
+        scores = [m.scores for m in masked]                                 # S: (out, in) each
+        # A score must overtake others within the run, a weight need not: scores learn much faster.
+        groups.append({"params": scores, "lr": args.score_lr, "initial_lr": args.score_lr,
+                       "weight_decay": 0.0})
+
+    # ---- the loop
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    scheduler = get_linear_schedule_with_warmup(optimizer, args.steps // 20, args.steps)
+    loader = torch.utils.data.DataLoader(
+        data.train, args.batch_size, shuffle=True, collate_fn=collate)
+    batches = iter(())
+    for step in range(args.steps):
+        batch = next(batches, None)
+        if batch is None:                       # an epoch begins
+            batches = iter(loader)
+            batch = next(batches)
+
+        if args.method == "mgpp":
+            # ---- copied from mgpp.py: <method: before forward>
+            v = schedule(step + 1, args.steps, args.sparsity, args.t_i, args.t_f, args.v_i)
+            lam = args.mix or mixing_weight(step, args.steps, args.t_i, args.t_f)
+            pruning = step < last and args.sparsity < 1
+            remains = [w != 0 for w in weights]                             # (out, in) each
+        if args.method == "soft_mvp":
+            # ---- copied from soft_mvp.py: <method: before forward>
+            v = soft_schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
+            # 0 until t_i T, then up to 1 as v comes down
+            ramp = 1 - soft_schedule(step, args.steps, 0.0, args.t_i, args.t_f)
+            if args.penalty:
+                update_masks_open(masked, scores, 0.1 * ramp)               # tau rises to 0.1
+                v = None                                                    # an outcome, not a goal
+            elif v < 1:
+                update_masks(masked, scores, v)
+
+        loss = model(**batch.to(args.device)).loss
+        penalty = torch.tensor(0.0)
+
+        if args.method == "soft_mvp":
+            # ---- copied from soft_mvp.py: <method: penalty>
+            penalty = torch.tensor(0.0)
+            if masked:
+                penalty = (args.penalty or args.lambda_f) * ramp * sigmoid_penalty(scores)
+
+        optimizer.zero_grad()
+        (loss + penalty).backward()
+
+        if args.method == "mgpp":
+            # ---- copied from mgpp.py: <method: gradient>; gradients are not clipped
+            # MAP: the prior's gradient enters AdamW's moments with the loss's, not decoupled.
+            if pruning:
+                for w in weights:
+                    prior = prior_gradient(w.detach(), lam, args.spike, args.slab)
+                    w.grad.add_(prior, alpha=1 / n)
+        else:
+            nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
+        optimizer.step()
+        scheduler.step()
+
+        if args.method == "mgpp":
+            # ---- copied from mgpp.py: <method: after step>
+            # No mask after a zeroing: AdamW's moments live on, and a zeroed weight may grow again.
+            due = (step + 1) % args.interval == 0 or step + 1 in (first, last)
+            if pruning and due:
+                zero_smallest(weights, v)
+            elif not pruning:                                   # after the last zeroing zeros are final
+                for w, stays in zip(weights, remains):
+                    w.data.mul_(stays)
+
+        if (step + 1) % 100 == 0:
+            print(f"step {step + 1:05d}/{args.steps:05d}  loss {loss:.4f}  "
+                  f"kept {share_kept(layers):.1%}  {time.time() - started:.0f} s", flush=True)
+
+    if args.method == "mgpp":
+        # ---- copied from mgpp.py: <method: bake>
+        # The zeros are in the weights already; this zeroing is for runs too short to have had a last.
+        goal = args.sparsity
+        zero_smallest(weights, goal)
+    if args.method == "soft_mvp":
+        # ---- copied from soft_mvp.py: <method: bake>
+        # Masks for v_f itself; then W * M, zeros included, becomes the weight of a plain nn.Linear.
+        goal = args.sparsity
+        if args.penalty:
+            goal = None
+            update_masks_open(masked, scores, 0.1)
+        elif masked:
+            update_masks(masked, scores, goal)
+        for layer, _ in zip(layers.values(), masked):
+            parametrize.remove_parametrizations(layer, "weight")
+
+    # ---- save, reload, count the zeros, evaluate
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    model = type(model).from_pretrained(out).to(args.device)
+    kept = share_kept(prunable(model))
+    texts = generate(model, data.dev, collate, tokenizer, args)
+    for source, text in list(zip(sources, texts))[:3]:
+        print(f"{source} -> {text}")
+    metrics = score(texts, targets)
+    line = (f"RESULT {args.method} generate keeps {kept:.2%} (prunes {1 - kept:.2%}) "
+            f"{show(metrics)} | {args.steps} steps {time.time() - started:.0f} s "
+            f"seed {args.seed} | {out}")
+    result = dict(method=args.method, task="generate", kept=kept, metrics=metrics, line=line)
+    (out / "result.json").write_text(json.dumps(result))
+    print(line)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--method", default="mgpp", choices=["dense", "mgpp", "soft_mvp"])
+    add("--sparsity", type=float, default=0.1, metavar="V", help="fraction of the weights KEPT")
+    add("--model", default=str(MINI / "bert"))
+    add("--data", type=Path, default=MINI / "generate")
+    add("--out", type=Path)
+    add("--steps", type=int, default=1000)
+    add("--batch_size", type=int, default=32)
+    add("--lr", type=float, default=5e-4)
+    add("--beams", type=int, default=1)         # 1: greedy
+    add("--max_new_tokens", type=int, default=32)
+    add("--seed", type=int, default=0)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.set_defaults(**HYPER)
+    main(parser.parse_args())
