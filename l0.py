@@ -10,12 +10,12 @@ that is 0 with some probability, and this probability has a gradient.
     z = clamp(s (zeta - gamma) + gamma, 0, 1)        stretched to (gamma, zeta), then cut
     a = (W * z) x                                    dL/dS passes where 0 < z < 1
 How likely is z > 0? It means s > -gamma / (zeta - gamma), or (y + S) / beta > log(-gamma / zeta).
-y is logistic: it exceeds c with probability sigmoid(-c), if u is uniform in (0, 1). Therefore
+y is logistic: it exceeds c with probability sigmoid(-c). Therefore
     P(z > 0) = sigmoid(S - beta log(-gamma / zeta))
     minimise  L + lambda * mean over matrices of the mean of P(z > 0) in the matrix
 To count, evaluate or save, there is neither noise nor beta: z = clamp(sigmoid(S) (zeta - gamma) +
-gamma, 0, 1), which is above 0 where S > log(-gamma / zeta) = -2.398. These are the places where
-torch computes no gradients, so the layer tells them by that.
+gamma, 0, 1), above 0 where S > log(-gamma / zeta) = -2.398. The layer knows these places by
+torch's gradients being off.
 --penalty LAMBDA is the paper's way: lambda = LAMBDA from the first step, and what is kept follows.
 Without it the penalty is an augmented Lagrangian (Wang, Wohlwend and Lei 2020, arXiv 1910.04732):
     h = kept / v - 1,   penalty = mu1 h + mu2 h^2,   after the step mu1 += 2 h and mu2 += 60 h^2
@@ -28,24 +28,21 @@ Symbols
     noise       y               (out, in), drawn anew at each step, the same on all processes
     BETA, GAMMA, ZETA           2/3, -0.1, 1.1
     excess      h               relative excess over the goal. multipliers: mu1, mu2
-    v           v, v^(t)        fraction to keep: 1 up to step t_i T, then down magnitude.py's cubic
-                                to v_f, which is --sparsity, at step T - t_f T
+    v           v, v^(t)        fraction to keep, on magnitude.py's cubic from 1 to --sparsity
     L, t, T     -               the loss; the step, from 0 to T - 1; --steps
-
 Unlike soft_mvp.py: the gate is random, real-valued and differentiable. The threshold cannot move,
 so lambda must. There is no ranking and no floor.
 Differs from Louizos et al., as the movement code does: a gate for each weight, not for each input
-neuron; log alpha is not clamped; no L2 term; no averaged weights. That code clamps u to the
-interval, we draw it inside. Differs from the paper: --sparsity, as above; the small gap that is
-left at the end is closed by moving the nearest scores across the threshold. The step sizes 2 and
-60 are ours.
+neuron; log alpha is not clamped; no L2 term; no averaged weights. That code clamps u to its
+interval, we draw it inside. Ours: --sparsity, with the steps 2 and 60; the gap left at the end is
+closed by moving the nearest scores across the threshold.
 
 Run
     python l0.py --task squad --sparsity 0.03              mini/'s small BERT, two minutes on a CPU
     python l0.py --penalty 300                             the paper's way
     python l0.py --preset paper                            bert-base-uncased, for a GPU
-The last line: RESULT l0 squad keeps 3.00% (prunes 97.00%) EM .. F1 .. | steps, seconds, seed.
-Measured results, with their floors and commands: results/README.md.
+Last line: RESULT l0 squad keeps 3.00% (prunes 97.00%) EM .. F1 .. | ... Measured results:
+results/README.md.
 """
 import argparse
 import json

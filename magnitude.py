@@ -24,26 +24,23 @@ Symbols
     step      t          from 0 to T - 1; T is --steps
     t_i, t_f             fractions of the run, before pruning begins and after it has ended
     L                    the loss
-Biases, LayerNorm, embeddings, pooler and task head are neither pruned nor counted. Embeddings are
-frozen. --scope global ranks all matrices together instead of each by itself; a matrix of n weights
-then keeps at least its largest int(0.005 n) + 1.
-
+Nothing else is pruned or counted; embeddings are frozen. --scope global ranks all matrices
+together; a matrix of n weights then keeps its largest int(0.005 n) + 1 at least.
 Unlike dense fine-tuning: update_masks runs before each forward pass, and W * M is saved at the
 end. With --sparsity 1 the script is dense fine-tuning, the baseline and the teacher for --teacher.
-Differs from the official code: there t_i and t_f are multiples of the learning rate's warm-up, and
-a short run never prunes. Its masks keep int(v n) weights, ours round(v n), of equal ones those
-that come first in the matrix. Its schedule counts steps from 1 and its first learning rate is 0;
-ours counts from 0, and the first learning rate is one step up. Its weights of the two losses with
-a teacher are .5 and .5 by default; ours are the paper's, .1 and .9. It counts biases and LayerNorm
-as kept: its 3.14 % is our 3.00 %. The paper's text lets masked weights learn; its code and ours do
-not.
+Differs from the official code: there t_i and t_f are multiples of the learning rate's warm-up, so
+a short run never prunes; masks keep int(v n) weights, ours round(v n), of equal ones the first in
+the matrix; steps count from 1 and the first learning rate is 0, ours is one step up; with a
+teacher the losses weigh .5 and .5 by default, ours .1 and .9 as in the paper; biases and LayerNorm
+count as kept, so its 3.14 % is our 3.00 %. The paper's text lets masked weights learn; its code
+and ours do not.
 
 Run
     python magnitude.py --task squad --sparsity 0.1        mini/'s small BERT, two minutes on a CPU
     python magnitude.py --sparsity 1                       dense
     python magnitude.py --preset paper                     bert-base-uncased, for a GPU
-The last line: RESULT magnitude squad keeps 10.00% (prunes 90.00%) EM .. F1 .. | steps, seconds,
-seed. Measured results, with their floors and commands: results/README.md.
+Last line: RESULT magnitude squad keeps 10.00% (prunes 90.00%) EM .. F1 .. | ... Measured results:
+results/README.md.
 """
 import argparse
 import json

@@ -3,22 +3,24 @@ Zhang, Sun and Liang 2024, arXiv 2411.00969. First author's code: MingxuanZhangP
 b3700cc02f, class MWA.
 
 Idea: give each weight a prior with a thin spike at 0 and a wide slab, and look for the most
-probable weights (MAP). The spike holds small weights at 0; the slab leaves large ones alone.
+probable weights (MAP): the spike holds small weights at 0, the slab leaves large ones alone.
     pi(w) = lam N(0, s1) + (1 - lam) N(0, s0)              s0 = 1e-10 and s1 = 0.05: variances
     g(w)  = 1 / (1 + exp(c1 + c2 w^2))                     the spike's share of pi at w
     c1    = log(lam / (1 - lam)) + log(s0 / s1) / 2
     c2    = 1 / (2 s0) - 1 / (2 s1)
     -grad log pi(w) = w (g / s0 + (1 - g) / s1)            pull to 0: strong in the spike, else weak
     gradient = dL/dW - (1 / n) grad log pi(W)              into AdamW, with its moments
-g follows from Bayes' rule: the spike's part of pi over all of pi. It is 1/2 at |w| of about 5e-5.
-@WHEN@
-Why is the prior said to be consistent? With n examples the likelihood weighs n times one
-example's, and the prior once. A weight that matters gains in proportion to n by leaving 0; in the
-slab its pull w / (n s1) fades, so it is not biased as under a fixed L2 penalty. A weight that does
-not matter gains next to nothing outside the spike, whose density is higher by sqrt(s1 / s0). This
-speaks of the posterior as n grows; not of where AdamW stops, nor of 85 million weights and 88
-thousand questions.
-@WHY@
+When are weights zeroed? After step t_i T, after each multiple of `interval` from there on, and
+after step T - t_f T, the smallest |w| of all matrices together become 0, so that round(v N) of all
+N remain. v = v_f + (v_i - v_f) (1 - (t - t_i T) / (T - t_i T - t_f T))^3, with t the steps done
+and v_i = 0.7 (the paper's SQuAD: 0.5), or v_f if that is more. lam falls linearly from 0.1 to 1e-4
+over the same steps. There is no mask: the loss may pull a zeroed weight back out of the spike. So
+right after a zeroing v of the weights is kept, and nearly all a step later. After the last zeroing
+the prior stops and zeros are final.
+Why is the prior said to be consistent? The likelihood grows with n, the prior does not. A weight
+that matters gains in proportion to n by leaving 0, and in the slab its pull w / (n s1) fades; one
+that does not matter gains nothing outside the spike. This is said of the posterior as n grows, not
+of where AdamW stops.
 
 Symbols
     weight      W               (out, in), one of the six matrices of an encoder layer
@@ -27,17 +29,19 @@ Symbols
     spike, slab s0, s1          sigma_0^2, sigma_1^2. interval: steps between two zeroings
     v           1 - sparsity    fraction left by a zeroing at this step; --sparsity is v_f, the last
     L, t, T     -               the loss; the step, from 0 to T - 1; --steps
-
 Unlike magnitude.py: zeros are written into the weights now and then, not masked at each step; all
 matrices are ranked together; the prior's gradient is added; gradients are not clipped.
-@DIFFERS@
+Differs from the author's code: exactly round(v N) remain; embeddings are frozen. --preset paper
+has its AdamW, lengths and schedules; the mini preset has the other scripts', and the paper's
+prior. Left out: an earlier variant (Dec 2023: --mix 1e-7 --spike 1e-12, with a ramp) and a later
+one (Oct 2024: --mix 1e-3). Which one made the paper's tables is not known.
 
 Run
     python mgpp.py --task squad --sparsity 0.1             mini/'s small BERT, two minutes on a CPU
     python mgpp.py --mix 1                                 plain L2, which the paper compares with
     python mgpp.py --preset paper                          bert-base-uncased, for a GPU
-The last line: RESULT mgpp squad keeps 10.00% (prunes 90.00%) EM .. F1 .. | steps, seconds, seed.
-Measured results, with their floors and commands: results/README.md.
+Last line: RESULT mgpp squad keeps 10.00% (prunes 90.00%) EM .. F1 .. | ... Measured results:
+results/README.md.
 """
 import argparse
 import json

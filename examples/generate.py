@@ -23,6 +23,7 @@ import argparse
 import collections
 import json
 import math
+import random
 import re
 import time
 from pathlib import Path
@@ -39,16 +40,23 @@ from transformers import (
     EncoderDecoderModel,
     get_linear_schedule_with_warmup,
     logging,
+    set_seed,
 )
 
 MINI = Path(__file__).resolve().parent.parent / "mini"
 
 # ---- copied from mgpp.py and soft_mvp.py: <method: hyper-parameters>, of the mini preset
 HYPER = dict(
-    t_i=0.05, t_f=0.3,
-    v_i=0.7, mix=None, spike=1e-10, slab=0.05, interval=10,
+    t_i=0.05,
+    t_f=0.3,
+    v_i=0.7,
+    mix=None,
+    spike=1e-10,
+    slab=0.05,
+    interval=10,
     adam=dict(betas=(0.9, 0.999), eps=1e-8),
-    score_lr=1e-2, lambda_f=1000.0, penalty=None,
+    score_lr=1e-2,
+    lambda_f=1000.0,
 )
 
 
@@ -114,8 +122,8 @@ def zero_smallest(weights, v):
         w.mul_(stays.view_as(w))
 
 
-# ---- copied from soft_mvp.py: <method: definitions>, without what mgpp.py has too. Both scripts have
-# a function named schedule; soft movement's is soft_schedule here.
+# ---- copied from soft_mvp.py: <method: definitions>, without what mgpp.py has too, and without the
+# open loop; schedule is soft_schedule here, because mgpp.py has another function of that name
 
 def soft_schedule(step, steps, v_f, t_i, t_f):
     """v, the fraction kept at this step: 1, then down the cubic of eq. 5, then v_f."""
@@ -138,13 +146,6 @@ def update_masks(masked, scores, v):
         part[top_v(part, min(v, floor(len(part))))] = torch.inf         # ranks before all others
     for m, mask in zip(masked, top_v(row, v).split(sizes)):
         m.mask.copy_(mask.view_as(m.mask))
-
-
-@torch.no_grad()
-def update_masks_open(masked, scores, tau):
-    """The paper's open loop: M = (sigmoid(S) > tau), and at least the floor of each matrix."""
-    for m, s in zip(masked, scores):
-        m.mask.copy_((torch.sigmoid(s) > tau) | top_v(s, floor(s.numel())))
 
 
 def sigmoid_penalty(scores):
@@ -183,10 +184,18 @@ class Masked(nn.Module):
 
 def read_tsv(path):
     """[(source, target)]"""
-    header, *lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
-    places = [header.split("\t").index(name) for name in ("source", "target")]
-    rows = [line.split("\t") for line in lines]
-    return [[row[place] for place in places] for row in rows]
+    lines = path.read_text(encoding="utf-8").strip("\n").split("\n")
+    header, *rows = [line.split("\t") for line in lines]
+    source = header.index("source")
+    target = header.index("target")
+    return [(row[source], row[target]) for row in rows]
+
+
+def features(rows, tokenizer):
+    """[{input_ids, attention_mask, labels}], lists of numbers."""
+    sources, targets = zip(*rows)
+    columns = tokenizer(list(sources), text_target=list(targets), truncation=True)
+    return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
 def words(text):
@@ -217,13 +226,18 @@ def rouge_l(guess, gold):
 
 
 def score(guesses, golds):
-    """The means over all texts, in percent, as one line."""
+    """{name: mean over all texts, in percent}"""
     rows = []
     for guess, gold in zip(map(words, guesses), map(words, golds)):
-        rouge = [rouge_n(guess, gold, 1), rouge_n(guess, gold, 2), rouge_l(guess, gold)]
-        rows.append([guess == gold, *rouge])
+        rows.append([
+            guess == gold,
+            rouge_n(guess, gold, 1),
+            rouge_n(guess, gold, 2),
+            rouge_l(guess, gold),
+        ])
     means = 100 * np.mean(rows, axis=0)
-    return dict(zip(["EM", "ROUGE-1", "ROUGE-2", "ROUGE-L"], means.tolist()))
+    names = ["EM", "ROUGE-1", "ROUGE-2", "ROUGE-L"]
+    return dict(zip(names, means.tolist()))
 
 
 def show(scores):
@@ -250,54 +264,44 @@ def load(name):
 
 def prunable(model):
     """{name: Linear} of the layers: their names hold a number."""
-    return {name: module for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and re.search(r"\.\d+\.", name)}
+    layers = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and re.search(r"\.\d+\.", name):
+            layers[name] = module
+    return layers
 
 
 def share_kept(layers):
-    kept = sum(int(torch.count_nonzero(layer.weight)) for layer in layers.values())
-    return kept / sum(layer.weight.numel() for layer in layers.values())
-
-
-def generate(model, dev, collate, tokenizer, args):
-    """The generated text of each source."""
-    model.eval()
-    texts = []
-    for at in range(0, len(dev), 100):
-        batch = collate(dev[at:at + 100]).to(model.device)
-        ids = model.generate(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-            num_beams=args.beams, max_new_tokens=args.max_new_tokens)
-        texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return texts
+    weights = [layer.weight for layer in layers.values()]
+    kept = sum(int(torch.count_nonzero(w)) for w in weights)
+    return kept / sum(w.numel() for w in weights)
 
 
 def main(args):
     started = time.time()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    torch.manual_seed(args.seed)
+    set_seed(args.seed)
     if args.method == "dense":
         args.sparsity = 1.0
     out = args.out or Path(f"out/generate-{args.method}-{args.sparsity:g}-s{args.seed}")
-    print(f"{args.method}: keeps {args.sparsity:.2%} (prunes {1 - args.sparsity:.2%})")
 
     # ---- data and model
     tokenizer, model = load(args.model)
     model = model.to(args.device).train()
     collate = DataCollatorForSeq2Seq(tokenizer, model=model)
-    data = argparse.Namespace()
-    for name in ("train", "dev"):
-        sources, targets = zip(*read_tsv(args.data / f"{name}.tsv"))
-        encoded = tokenizer(list(sources), text_target=list(targets), truncation=True,
-                            max_length=min(512, tokenizer.model_max_length))
-        rows = [dict(zip(encoded, values)) for values in zip(*encoded.values())]
-        setattr(data, name, rows)
-        if name == "train":
-            often, _ = collections.Counter(targets).most_common(1)[0]
-    sentences = [source.split(". ")[0] for source in sources]
-    print(f"floor: the source's first sentence: {show(score(sentences, targets))}")
-    print(f"floor: the most frequent target: {show(score([often] * len(targets), targets))}")
+    train = read_tsv(args.data / "train.tsv")
+    dev = read_tsv(args.data / "dev.tsv")
+    data = argparse.Namespace(
+        train=features(train, tokenizer),
+        dev=features(dev, tokenizer),
+    )
+    golds = [target for _, target in dev]
+    first = [source.split(". ")[0] for source, _ in dev]
+    targets = collections.Counter(target for _, target in train)
+    frequent = [targets.most_common(1)[0][0]] * len(dev)
+    print("floor: the source's first sentence:", show(score(first, golds)))
+    print("floor: the most frequent target:", show(score(frequent, golds)))
     layers = prunable(model)
     groups = [{"params": list(model.parameters()), "lr": args.lr}]
 
@@ -322,15 +326,7 @@ def main(args):
     # ---- the loop
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     scheduler = get_linear_schedule_with_warmup(optimizer, args.steps // 20, args.steps)
-    loader = torch.utils.data.DataLoader(
-        data.train, args.batch_size, shuffle=True, collate_fn=collate)
-    batches = iter(())
     for step in range(args.steps):
-        batch = next(batches, None)
-        if batch is None:                       # an epoch begins
-            batches = iter(loader)
-            batch = next(batches)
-
         if args.method == "mgpp":
             # ---- copied from mgpp.py: <method: before forward>
             v = schedule(step + 1, args.steps, args.sparsity, args.t_i, args.t_f, args.v_i)
@@ -342,20 +338,17 @@ def main(args):
             v = soft_schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
             # 0 until t_i T, then up to 1 as v comes down
             ramp = 1 - soft_schedule(step, args.steps, 0.0, args.t_i, args.t_f)
-            if args.penalty:
-                update_masks_open(masked, scores, 0.1 * ramp)               # tau rises to 0.1
-                v = None                                                    # an outcome, not a goal
-            elif v < 1:
+            if v < 1:
                 update_masks(masked, scores, v)
 
+        batch = collate(random.sample(data.train, args.batch_size))
         loss = model(**batch.to(args.device)).loss
         penalty = torch.tensor(0.0)
-
         if args.method == "soft_mvp":
             # ---- copied from soft_mvp.py: <method: penalty>
             penalty = torch.tensor(0.0)
             if masked:
-                penalty = (args.penalty or args.lambda_f) * ramp * sigmoid_penalty(scores)
+                penalty = args.lambda_f * ramp * sigmoid_penalty(scores)
 
         optimizer.zero_grad()
         (loss + penalty).backward()
@@ -368,7 +361,7 @@ def main(args):
                     prior = prior_gradient(w.detach(), lam, args.spike, args.slab)
                     w.grad.add_(prior, alpha=1 / n)
         else:
-            nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
 
@@ -378,27 +371,28 @@ def main(args):
             due = (step + 1) % args.interval == 0 or step + 1 in (first, last)
             if pruning and due:
                 zero_smallest(weights, v)
-            elif not pruning:                                   # after the last zeroing zeros are final
+            elif not pruning:
+                # after the last zeroing zeros are final
                 for w, stays in zip(weights, remains):
                     w.data.mul_(stays)
 
         if (step + 1) % 100 == 0:
+            kept = share_kept(layers)
+            seconds = time.time() - started
             print(f"step {step + 1:05d}/{args.steps:05d}  loss {loss:.4f}  "
-                  f"kept {share_kept(layers):.1%}  {time.time() - started:.0f} s", flush=True)
+                  f"kept {kept:.1%}  {seconds:.0f} s", flush=True)
 
     if args.method == "mgpp":
         # ---- copied from mgpp.py: <method: bake>
-        # The zeros are in the weights already; this zeroing is for runs too short to have had a last.
+        # The zeros are in the weights already; this zeroing is for runs too short to have
+        # had a last.
         goal = args.sparsity
         zero_smallest(weights, goal)
     if args.method == "soft_mvp":
         # ---- copied from soft_mvp.py: <method: bake>
         # Masks for v_f itself; then W * M, zeros included, becomes the weight of a plain nn.Linear.
         goal = args.sparsity
-        if args.penalty:
-            goal = None
-            update_masks_open(masked, scores, 0.1)
-        elif masked:
+        if masked:
             update_masks(masked, scores, goal)
         for layer, _ in zip(layers.values(), masked):
             parametrize.remove_parametrizations(layer, "weight")
@@ -408,14 +402,28 @@ def main(args):
     tokenizer.save_pretrained(out)
     model = type(model).from_pretrained(out).to(args.device)
     kept = share_kept(prunable(model))
-    texts = generate(model, data.dev, collate, tokenizer, args)
-    for source, text in list(zip(sources, texts))[:3]:
+    texts = []
+    for i in range(0, len(dev), 100):
+        batch = collate(data.dev[i:i + 100]).to(args.device)
+        ids = model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            num_beams=args.beams,
+            max_new_tokens=args.max_new_tokens)
+        texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
+    for (source, _), text in zip(dev[:3], texts):
         print(f"{source} -> {text}")
-    metrics = score(texts, targets)
+    metrics = score(texts, golds)
+    seconds = time.time() - started
     line = (f"RESULT {args.method} generate keeps {kept:.2%} (prunes {1 - kept:.2%}) "
-            f"{show(metrics)} | {args.steps} steps {time.time() - started:.0f} s "
-            f"seed {args.seed} | {out}")
-    result = dict(method=args.method, task="generate", kept=kept, metrics=metrics, line=line)
+            f"{show(metrics)} | {args.steps} steps {seconds:.0f} s seed {args.seed} | {out}")
+    result = dict(
+        method=args.method,
+        task="generate",
+        kept=kept,
+        metrics=metrics,
+        line=line,
+    )
     (out / "result.json").write_text(json.dumps(result))
     print(line)
 

@@ -224,7 +224,7 @@ def test_glue_metrics_by_hand():
     assert common.glue_metrics("mnli", "dev_mismatched", logits, gold) == {"acc_mm": 50.0}
     assert common.glue_metrics("qqp", "dev", logits, gold) == {"acc": 50.0, "F1": 50.0}
     assert common.glue_metrics("cola", "dev", logits, gold)["mcc"] == pytest.approx(0.0)
-    gold = np.array([0, 1, 1, 1])               # TP 2, TN 1, FN 1: (2 * 1 - 0) / sqrt(2 * 3 * 1 * 2)
+    gold = np.array([0, 1, 1, 1])               # TP 2, TN 1, FN 1: (2 - 0) / sqrt(2 * 3 * 1 * 2)
     mcc = common.glue_metrics("cola", "dev", logits, gold)["mcc"]
     assert mcc == pytest.approx(100 / 3 ** 0.5)
     guesses = np.array([[1.0], [2.0], [2.0], [9.0]])
