@@ -41,8 +41,7 @@ Run
     python l0.py --task squad --sparsity 0.03              mini/'s small BERT, two minutes on a CPU
     python l0.py --penalty 300                             the paper's way
     python l0.py --preset paper                            bert-base-uncased, for a GPU
-Last line: RESULT l0 squad keeps 3.00% (prunes 97.00%) EM .. F1 .. | ... Measured results:
-results/README.md.
+Last line: RESULT l0 squad keeps 3.00% (prunes 97.00%) EM .. F1 .. | .. See results/README.md.
 """
 import argparse
 import json

@@ -39,7 +39,7 @@ Run
     python magnitude.py --task squad --sparsity 0.1        mini/'s small BERT, two minutes on a CPU
     python magnitude.py --sparsity 1                       dense
     python magnitude.py --preset paper                     bert-base-uncased, for a GPU
-Last line: RESULT magnitude squad keeps 10.00% (prunes 90.00%) EM .. F1 .. | ... Measured results:
+Last line: RESULT magnitude squad keeps 10.00% (prunes 90.00%) EM .. F1 .. | .. See
 results/README.md.
 """
 import argparse

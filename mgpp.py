@@ -40,8 +40,7 @@ Run
     python mgpp.py --task squad --sparsity 0.1             mini/'s small BERT, two minutes on a CPU
     python mgpp.py --mix 1                                 plain L2, which the paper compares with
     python mgpp.py --preset paper                          bert-base-uncased, for a GPU
-Last line: RESULT mgpp squad keeps 10.00% (prunes 90.00%) EM .. F1 .. | ... Measured results:
-results/README.md.
+Last line: RESULT mgpp squad keeps 10.00% (prunes 90.00%) EM .. F1 .. | .. See results/README.md.
 """
 import argparse
 import json

@@ -41,8 +41,7 @@ Run
     python mvp.py --task squad --sparsity 0.1              mini/'s small BERT, two minutes on a CPU
     python mvp.py --scope global                           one ranking over all matrices
     python mvp.py --preset paper                           bert-base-uncased, for a GPU
-Last line: RESULT mvp squad keeps 10.00% (prunes 90.00%) EM .. F1 .. | ... Measured results:
-results/README.md.
+Last line: RESULT mvp squad keeps 10.00% (prunes 90.00%) EM .. F1 .. | .. See results/README.md.
 """
 import argparse
 import json

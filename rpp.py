@@ -42,8 +42,7 @@ Run
     python rpp.py --task squad --sparsity 0.4            mini/'s small BERT, three minutes on a CPU
     python rpp.py --task mnli --support out/rpp-squad-0.4-s0     another task on the same zeros
     python rpp.py --preset paper --corpus FILE           bert-base-uncased, for a GPU
-Last line: RESULT rpp squad keeps 40.00% (prunes 60.00%) EM .. F1 .. | ... Measured results:
-results/README.md.
+Last line: RESULT rpp squad keeps 40.00% (prunes 60.00%) EM .. F1 .. | .. See results/README.md.
 """
 import argparse
 import json

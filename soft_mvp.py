@@ -41,7 +41,7 @@ Run
     python soft_mvp.py --task squad --sparsity 0.03        mini/'s small BERT, two minutes on a CPU
     python soft_mvp.py --penalty 500                       the paper's way
     python soft_mvp.py --preset paper                      bert-base-uncased, for a GPU
-Last line: RESULT soft_mvp squad keeps 3.00% (prunes 97.00%) EM .. F1 .. | ... Measured results:
+Last line: RESULT soft_mvp squad keeps 3.00% (prunes 97.00%) EM .. F1 .. | .. See
 results/README.md.
 """
 import argparse

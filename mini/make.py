@@ -259,7 +259,7 @@ def generation(world, n):
         topic, name = world.subject(MORE_PEOPLE)
         facts = world.facts(topic, name, 3)
         relation, value = world.pick(facts)
-        source = f"{value}. {world.prose(topic, name, facts)}"
+        source = f"{value}: {world.prose(topic, name, facts)}"
         rows.append((source, world.ask(topic, relation, name, 0)))
     return rows
 
