@@ -261,7 +261,7 @@ def main(args):
 
     # ---- mistakes that can be seen before anything is loaded
     numbers = {args.sparsity, args.lr, args.batch_size, args.checkpoint_every, args.steps}
-    if min(numbers - {None}) <= 0 or args.sparsity > 1:
+    if min(numbers - {None}) <= 0 or not args.sparsity <= 1:
         raise SystemExit("--sparsity is the fraction KEPT, above 0 and at most 1; --steps, --lr, "
                          "--batch_size and --checkpoint_every must be above 0")
     inputs = map(os.path.realpath, (args.model, args.teacher or ""))

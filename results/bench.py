@@ -5,10 +5,11 @@
 
 The second in bf16, where the processor multiplies in it, as under the paper preset.
 
-Each pair is two runs of the scripts themselves, dense (magnitude.py --sparsity 1) and then the
-method, one after the other, because a machine's speed drifts. Printed are the milliseconds of a
-step as the run's result.json has them, a method's ratio to the dense run beside it (median and
-quartiles over the pairs), and the peak of memory. rpp: fine-tuning on a support.
+Each pair is two runs of the scripts themselves, dense (mgpp.py --sparsity 1, which does nothing but
+fine-tune) and then the method, one after the other, because a machine's speed drifts. Printed are
+the milliseconds of a step as the run's result.json has them, the first step included; a method's
+ratio to the dense run beside it (median and quartiles over the pairs); and the peak of memory of
+the whole run. rpp: fine-tuning on a support.
 """
 import argparse
 import json
@@ -43,13 +44,44 @@ def make_base(folder):
 def run(words):
     """(milliseconds a step, gigabytes at the peak) of one run."""
     with tempfile.TemporaryDirectory() as out:
-        process = subprocess.Popen([sys.executable, *words, "--out", f"{out}/run"], cwd=ROOT,
-                                   stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, *words, "--out", f"{out}/run"],
+            cwd=ROOT, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             raise SystemExit(f"{' '.join(words)} ended with status {status}")
         result = json.loads(Path(out, "run", "result.json").read_text())
     return result["ms_per_step"], usage.ru_maxrss / 1e6
+
+
+def measure(args, folder):
+    """Print the table; folder is for the model, the data and the support."""
+    flags = ["--device", "cpu", "--preset", "mini", "--steps", "60"]
+    if args.shape == "base":
+        make_base(folder)
+        flags = ["--device", "cpu", "--preset", "paper", "--task", "squad", "--data", str(folder),
+                 "--model", str(folder / "bert"), "--steps", "5", "--batch_size", "8"]
+    support = str(folder / "support")
+    if "rpp" in args.only:
+        corpus = str(ROOT / "mini" / "corpus.txt")
+        words = ["rpp.py", *flags, "--sparsity", "0.1", "--pretrain_steps", "2",
+                 "--batch_size", "8", "--corpus", corpus, "--out", support]
+        subprocess.run([sys.executable, *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    print("| method | ms a step (dense's) | x dense: median (quartiles) | memory, GB (dense's) |")
+    print("|---|---|---|---|")
+    for method in args.only:
+        pairs = []
+        for _ in range(args.pairs):
+            dense = run(["mgpp.py", *flags, "--sparsity", "1"])
+            words = [f"{method}.py", *flags, "--sparsity", "0.1"]
+            if method == "rpp":
+                words += ["--support", support]
+            pairs.append((*run(words), *dense))
+        ms, memory, dense_ms, dense_memory = np.median(pairs, axis=0)
+        ratios = [pair[0] / pair[2] for pair in pairs]
+        low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+        print(f"| {method} | {ms:.0f} ({dense_ms:.0f}) | {middle:.2f} ({low:.2f} to {high:.2f}) | "
+              f"{memory:.2f} ({dense_memory:.2f}) |", flush=True)
 
 
 def main():
@@ -59,32 +91,8 @@ def main():
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--only", nargs="*", default=METHODS)
     args = parser.parse_args()
-    folder = Path(tempfile.mkdtemp())
-    flags = ["--device", "cpu", "--preset", "mini", "--steps", "60"]
-    if args.shape == "base":
-        make_base(folder)
-        flags = ["--device", "cpu", "--preset", "paper", "--task", "squad", "--data", str(folder),
-                 "--model", str(folder / "bert"), "--steps", "5", "--batch_size", "8"]
-    support = folder / "support"
-    if "rpp" in args.only:
-        words = ["rpp.py", *flags, "--sparsity", "0.1", "--pretrain_steps", "2",
-                 "--batch_size", "8", "--corpus", ROOT / "mini" / "corpus.txt", "--out", support]
-        subprocess.run([sys.executable, *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    print("| method | ms a step (dense's) | x dense: median (quartiles) | memory, GB (dense's) |")
-    print("|---|---|---|---|")
-    for method in args.only:
-        pairs = []
-        for _ in range(args.pairs):
-            dense = run(["magnitude.py", *flags, "--sparsity", "1"])
-            words = [f"{method}.py", *flags, "--sparsity", "0.1"]
-            if method == "rpp":
-                words += ["--support", str(support)]
-            pairs.append((*run(words), *dense))
-        ms, memory, dense_ms, dense_memory = np.median(pairs, axis=0)
-        ratios = [pair[0] / pair[2] for pair in pairs]
-        low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
-        print(f"| {method} | {ms:.0f} ({dense_ms:.0f}) | {middle:.2f} ({low:.2f} to {high:.2f}) | "
-              f"{memory:.2f} ({dense_memory:.2f}) |", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        measure(args, Path(folder))
 
 
 if __name__ == "__main__":
