@@ -370,7 +370,8 @@ def main(args):
         (loss + penalty).backward()
 
         # <method: gradient>
-        # MAP: the prior's gradient enters AdamW's moments with the loss's, not decoupled.
+        # MAP: the prior's gradient enters AdamW's moments with the loss's, not decoupled. No clipping
+        # after this (clip is inf): the prior's gradient is large, and would shrink the loss's.
         if pruning:
             for w in weights:
                 prior = prior_gradient(w.detach(), lam, args.spike, args.slab)

@@ -5,7 +5,7 @@
     python figures/draw.py --runs out/embedded              and those that look into saved models
 
 score.png      share of the dense score against share kept: the papers (their own runs), the
-               embedded world (results/embedded.tsv), SST-2 (results/sst2_3000.tsv and sst2.tsv);
+               embedded world (results/embedded.tsv), SST-2 (results/sst2.tsv);
                dashed: the floor (results/floor.tsv)
 prior.png      MGPP's prior and its pull, beside L2 (a formula; its paper's Fig. 1)
 movement.png   fine-tuned against pre-trained weights, kept and pruned (the movement paper's Fig. 1)
@@ -107,8 +107,8 @@ def draw_score():
     panel(axes[0], "the papers: SQuAD, BERT-base", PAPERS, 88.07, None, "F1")
     lines, dense = curves(["embedded.tsv"], "squad")
     panel(axes[1], "embedded world: questions", lines, dense, floor("embedded", "squad"), "F1")
-    lines, dense = curves(["sst2_3000.tsv"], "sst2")
-    panel(axes[2], "SST-2, MiniLM, 3,000 steps", lines, dense, floor("real", "sst2"), "accuracy")
+    lines, dense = curves(["sst2.tsv"], "sst2")
+    panel(axes[2], "SST-2, MiniLM, 1,200 steps", lines, dense, floor("real", "sst2"), "accuracy")
     axes[0].set_ylabel("% of the dense score")
     handles = {}
     for ax in axes:

@@ -1,4 +1,5 @@
 """Whole runs against loops written here, with plain tensors and a sort in place of our classes."""
+import json
 import math
 
 import numpy as np
@@ -12,7 +13,7 @@ import common
 
 STEPS, V, LR, SCORE_LR, LAMBDA = 8, 0.1, 5e-4, 1e-2, 1000.0
 T_I, T_F = 0.05 * STEPS, 0.3 * STEPS
-SPIKE, SLAB = 1e-10, 0.05
+SPIKE, SLAB = 1e-10, 5.0               # with a narrower slab the prior would drown the loss
 
 
 def cubic(step, highest, lowest):
@@ -126,8 +127,11 @@ def by_hand(method, data):
 def test_whole_run_by_hand(data, tmp_path, method):
     flags = ["--task", "tsv", "--sparsity", str(V)]
     if method == "mgpp":
-        flags += ["--interval", "2"]
+        flags += ["--interval", "2", "--slab", str(SLAB)]
     run(method, data, tmp_path, *flags)
+    if method == "mgpp":                        # after the last zeroing no weight grows again
+        last = json.loads((tmp_path / "log.jsonl").read_text().split("\n")[-2])
+        assert last["kept"] == pytest.approx(V, abs=1e-5)
     saved = AutoModelForSequenceClassification.from_pretrained(tmp_path).state_dict()
     wrong = []
     for name, weight in by_hand(method, data).state_dict().items():

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 from conftest import ROOT, arguments, start_script
+from transformers import BertConfig, BertForPreTraining
 
 BERT = ROOT / "mini" / "bert"
 
@@ -64,6 +65,13 @@ def test_rpp_mistakes(data, tmp_path):
     assert "--support folder" in fails("rpp", data, tmp_path / "d", "--support", tmp_path / "d")
     needs = fails("rpp", data, tmp_path / "e", "--preset", "paper", "--model", str(BERT))
     assert "give --corpus FILE" in needs
+
+
+def test_support_of_another_shape(data, tmp_path):
+    config = BertConfig.from_pretrained(BERT, num_hidden_layers=2)
+    BertForPreTraining(config).save_pretrained(tmp_path / "short")
+    sentence = fails("rpp", data, tmp_path / "out", "--support", tmp_path / "short")
+    assert "has another shape" in sentence
 
 
 def test_advice_on_the_complement(data, tmp_path, capsys):

@@ -97,9 +97,10 @@ def test_same_seed_same_bytes_and_resumed_too(ended, data, tmp_path, method):
     assert bytes_of(tmp_path) == bytes_of(ended[method][0])
 
 
-def test_killed_before_the_first_checkpoint(data, tmp_path):
+def test_killed_before_the_first_checkpoint(data, tmp_path, capsys):
     (tmp_path / "log.jsonl").write_text("")
     result = run("magnitude", data, tmp_path, "--resume", "--sparsity", "0.1")
+    assert "the run goes on from step 0" in capsys.readouterr().out
     assert result["kept"] == pytest.approx(0.1, abs=1e-4)
 
 

@@ -1,0 +1,37 @@
+"""results/grid.py: each command that it starts, and each command in a table, is one of a script."""
+import argparse
+import importlib.util
+import shlex
+
+import pytest
+from conftest import METHODS, ROOT
+
+spec = importlib.util.spec_from_file_location("grid", ROOT / "results" / "grid.py")
+grid = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(grid)
+
+
+def check(words):
+    script = importlib.import_module(words[0][:-3])
+    script.flags().parse_args(words[1:])
+
+
+@pytest.mark.parametrize("name", grid.GRIDS)
+def test_grid_commands(name):
+    args = argparse.Namespace(grid=name, runs="out", model="M", data="D", corpus="C")
+    runs = grid.wanted(name)
+    for run in runs:
+        check(grid.command(args, run))
+    assert len(runs) == len(set(runs))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.tsv")), ids=lambda p: p.name)
+def test_commands_of_a_table(path):
+    header, *lines = path.read_text().split("\n")[:-1]
+    assert header.split("\t")[-1] == "command"
+    for line in lines:
+        words = shlex.split(line.split("\t")[-1])
+        if words[1][:-3] in METHODS:
+            check(words[1:])
+        else:
+            assert (ROOT / words[1]).exists()
