@@ -120,7 +120,6 @@ def read_tsv(path, task, labels):
     table = [line.rstrip("\r").split("\t") for line in lines]
     if task == "cola":                          # GLUE's CoLA is the one file without a header
         table.insert(0, ["source", "label", "star", "sentence"])
-        lines.insert(0, "")
     header = table[0]
     wanted = [name for name in [*files.texts, files.label] if name != "text2" or name in header]
     for name in wanted:
@@ -154,11 +153,13 @@ def read_squad(path):
         for article in json.loads(read_text(path))["data"]:
             for paragraph in article["paragraphs"]:
                 for qa in paragraph["qas"]:
-                    answers = [(a["text"], a["answer_start"]) for a in qa["answers"]]
+                    answers = [(a["text"], int(a["answer_start"])) for a in qa["answers"]]
                     rows.append((qa["id"], qa["question"].strip(), paragraph["context"], answers))
     except (ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"{path} is not in SQuAD 1.1's format ({error!r}): "
                          "put the official file there") from None
+    if not rows:
+        raise SystemExit(f"{path} holds no question: put the official file there")
     for name, _, context, answers in rows:
         found = [context[start:start + len(text)] == text for text, start in answers]
         if not answers or not all(found):
@@ -175,7 +176,8 @@ def text_features(rows, tokenizer, length):
     encoded = tokenizer(list(first), None if second[0] is None else list(second),
                         truncation=True, max_length=length, return_token_type_ids=True)
     columns = zip(encoded["input_ids"], encoded["token_type_ids"], labels)
-    return [dict(input_ids=i, token_type_ids=t, labels=label) for i, t, label in columns]
+    return [dict(input_ids=ids, token_type_ids=types, labels=label)
+            for ids, types, label in columns]
 
 
 def squad_features(rows, tokenizer, length):
@@ -236,9 +238,7 @@ def best_spans(starts, ends, features, longest=30):
         if score == -math.inf:                  # a window without context
             spans.append((score, 0, 0))
         else:
-            begin = feature["spans"][first][0]
-            end = feature["spans"][last][1]
-            spans.append((score, begin, end))
+            spans.append((score, feature["spans"][first][0], feature["spans"][last][1]))
     return spans
 
 
@@ -292,7 +292,7 @@ def glue_metrics(task, dev, logits, gold):
         score = logits[:, 0]
         return {
             "pearson": correlation(score, gold),
-            "spearman": correlation(ranks(score), ranks(gold)),
+            "spearman": correlation(ranks(score), ranks(gold))
         }
     guess = logits.argmax(axis=1)
     if task == "cola":                          # Matthews' is Pearson's of two 0/1 variables
@@ -315,7 +315,7 @@ class Data:
 
     def __init__(self, task, folder, tokenizer, length):
         folder = Path(folder)
-        length = min(length, tokenizer.model_max_length)
+        self.length = min(length, tokenizer.model_max_length)
         self.task = task
         self.tokenizer = tokenizer
         self.labels = None if task == "squad" else TASKS[task].labels
@@ -324,11 +324,11 @@ class Data:
         for name in ["train", *dev_names(task)]:
             if task == "squad":
                 self.rows[name] = read_squad(folder / "squad" / f"{name}-v1.1.json")
-                self.dev[name] = squad_features(self.rows[name], tokenizer, length)
+                self.dev[name] = squad_features(self.rows[name], tokenizer, self.length)
             else:
                 path = folder / TASKS[task].folder / f"{name}.tsv"
                 self.rows[name], self.labels = read_tsv(path, task, self.labels)
-                self.dev[name] = text_features(self.rows[name], tokenizer, length)
+                self.dev[name] = text_features(self.rows[name], tokenizer, self.length)
         self.train = self.dev.pop("train")
         self.n_dev = sum(len(self.rows[name]) for name in self.dev)
 
@@ -408,13 +408,13 @@ def load_tokenizer(name):
 def load_bert(name, data, teacher=False):
     """A BERT with the task's head. The head is new if the folder has none; a teacher must have one.
     """
-    words = len(load_tokenizer(name))
+    tokenizer = load_tokenizer(name)
     task = getattr(AutoConfig.from_pretrained(name), "finetuning_task", None)
-    if teacher and task in TASKS and task != data.task:
-        raise SystemExit(f"--teacher {name} was trained on {task}: give one of {data.task}")
-    if teacher and words != len(data.tokenizer):
-        raise SystemExit(f"--teacher {name} has {words} words, --model {len(data.tokenizer)}: "
-                         "give a teacher with the same tokenizer")
+    other_task = task in TASKS and task != data.task
+    if teacher and (other_task or len(tokenizer) != len(data.tokenizer)
+                    or tokenizer.model_max_length < data.length):
+        raise SystemExit(f"--teacher {name} was trained on {task}, with {len(tokenizer)} words: "
+                         f"give one of {data.task} that reads what --model reads")
     if data.task == "squad":
         kind, options = AutoModelForQuestionAnswering, {"num_labels": 2}
     else:

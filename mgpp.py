@@ -78,7 +78,7 @@ MINI = dict(
     length=128, warmup=0.05, lr_end=0.0, clip=math.inf,
     t_i=0.05, t_f=0.3, v_i=0.7,
     spike=1e-10, slab=0.05, interval=10,
-    adam=dict(betas=(0.9, 0.999), eps=1e-8),
+    adam=dict(betas=(0.9, 0.999), eps=1e-8)
 )
 PAPER = MINI | dict(
     model="bert-base-uncased",
@@ -86,7 +86,7 @@ PAPER = MINI | dict(
     steps=None, epochs=6, lr=5e-5,
     length=512, warmup=0.0, lr_end=0.1,
     t_i=0.1, t_f=0.0, interval=100,
-    adam=dict(betas=(0.9, 0.98), eps=1e-6),
+    adam=dict(betas=(0.9, 0.98), eps=1e-6)
 )
 HYPER = {
     "mini": {
@@ -292,7 +292,7 @@ def main(args):
     # ---- data and model
     tokenizer = common.load_tokenizer(args.model)
     data = common.Data(args.task, args.data, tokenizer, args.length)
-    args.steps = args.steps or args.epochs * len(data.train) // args.batch_size
+    args.steps = args.steps or args.epochs * len(data.train) // args.batch_size or 1
     torch.manual_seed(args.seed)                        # of a head that is new
     model = common.load_bert(args.model, data).to(device).train()
     model.bert.embeddings.requires_grad_(False)         # as in movement pruning's official code
@@ -370,8 +370,8 @@ def main(args):
         (loss + penalty).backward()
 
         # <method: gradient>
-        # MAP: the prior's gradient enters AdamW's moments with the loss's, not decoupled. No clipping
-        # after this (clip is inf): the prior's gradient is large, and would shrink the loss's.
+        # MAP: the prior's gradient enters AdamW's moments with the loss's, not decoupled. It is not
+        # clipped (clip is inf): it is large, and a norm over both would shrink the loss's.
         if pruning:
             for w in weights:
                 prior = prior_gradient(w.detach(), lam, args.spike, args.slab)

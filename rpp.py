@@ -376,7 +376,7 @@ def main(args):
     # ---- data and model
     tokenizer = common.load_tokenizer(args.model)
     data = common.Data(args.task, args.data, tokenizer, args.length)
-    args.steps = args.steps or args.epochs * len(data.train) // args.batch_size
+    args.steps = args.steps or args.epochs * len(data.train) // args.batch_size or 1
     torch.manual_seed(args.seed)                        # of a head that is new
     model = common.load_bert(args.model, data).to(device).train()
     model.bert.embeddings.requires_grad_(False)         # as in movement pruning's official code
@@ -406,7 +406,8 @@ def main(args):
         except Exception as error:
             raise SystemExit(f"--support {folder} cannot be loaded ({error})") from None
         shapes = [layer.weight.shape for layer in common.prunable(found).values()]
-        if shapes != [layer.weight.shape for layer in layers.values()]:
+        words = found.config.vocab_size == model.config.vocab_size
+        if shapes != [layer.weight.shape for layer in layers.values()] or not words:
             raise SystemExit(f"--support {folder} has another shape than --model {args.model}")
     # </method>
 
@@ -428,7 +429,7 @@ def main(args):
     if pretrains and args.resume and support.exists():      # this phase is over
         found, lacking = BertForPreTraining.from_pretrained(support), []
     elif pretrains:
-        settings = args.pretrain
+        settings = dict(args.pretrain)
         for key in ("steps", "batch_size", "lr"):           # the command line goes before HYPER
             settings[key] = typed.get(key, settings[key])
         steps = args.pretrain_steps or settings["steps"]

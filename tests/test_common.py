@@ -1,7 +1,6 @@
 """common.py: readers, features, batches, metrics, BERT. Expected values are written by hand."""
 import itertools
 import json
-import random
 
 import numpy as np
 import pytest
@@ -202,17 +201,18 @@ def test_squad_metrics_take_the_best_window():
     assert metrics == {"EM": 100.0, "F1": 100.0}
 
 
-def test_best_spans_against_brute_force():
-    random.seed(0)
-    starts, ends = torch.randn(3, 50), torch.randn(3, 50)
+@pytest.mark.parametrize("longest", [3, 30])
+def test_best_spans_against_brute_force(longest):
+    torch.manual_seed(0)
+    starts, ends = torch.randn(30, 50), torch.randn(30, 50)
     features = []
-    for n in (50, 45, 12):
+    for n in [50, 45, 12] * 10:
         spans = [None] * 5 + [(10 * i, 10 * i + 9) for i in range(n - 6)] + [None]
         features.append(dict(spans=spans))
-    for row, (score, begin, end) in enumerate(common.best_spans(starts, ends, features)):
+    for row, (score, begin, end) in enumerate(common.best_spans(starts, ends, features, longest)):
         spans = features[row]["spans"]
         best = max((starts[row, i] + ends[row, j], spans[i][0], spans[j][1])
-                   for i in range(len(spans)) for j in range(i, min(i + 30, len(spans)))
+                   for i in range(len(spans)) for j in range(i, min(i + longest, len(spans)))
                    if spans[i] and spans[j])
         assert (begin, end) == best[1:] and abs(score - best[0]) < 1e-5
 
