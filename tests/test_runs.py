@@ -79,22 +79,34 @@ def test_metrics_are_of_the_saved_model(ended, data, method):
     assert task.evaluate(model) == pytest.approx(result["metrics"])
 
 
+@pytest.fixture(scope="module")
+def resumed(data, tmp_path_factory):
+    """Each script killed by SIGKILL once a checkpoint is there, then resumed."""
+    folder = tmp_path_factory.mktemp("killed")
+
+    def killed_and_resumed(method):
+        out = folder / method
+        flags = ["--sparsity", "0.1", "--checkpoint_every", "3", *PRETRAIN.get(method, [])]
+        command = [sys.executable, f"{method}.py", *arguments(data, out, *flags)]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        checkpoint = out / ("pretraining.pt" if method == "rpp" else "checkpoint.pt")
+        while not checkpoint.exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (out / "result.json").exists()
+        return out, start([*command, "--resume"])
+
+    with ThreadPoolExecutor(2) as two_cores:
+        return dict(zip(METHODS, two_cores.map(killed_and_resumed, METHODS)))
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_same_seed_same_bytes_and_resumed_too(ended, data, tmp_path, method):
-    """Killed by SIGKILL once a checkpoint is there, then resumed by the same command."""
-    flags = ["--sparsity", "0.1", "--checkpoint_every", "3", *PRETRAIN.get(method, [])]
-    command = [sys.executable, f"{method}.py", *arguments(data, tmp_path, *flags)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    checkpoint = tmp_path / ("pretraining.pt" if method == "rpp" else "checkpoint.pt")
-    while not checkpoint.exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "result.json").exists()
-    resumed = start([*command, "--resume"])
-    assert resumed.returncode == 0, resumed.stderr
-    assert "from step" in resumed.stdout
-    assert bytes_of(tmp_path) == bytes_of(ended[method][0])
+def test_same_seed_same_bytes_and_resumed_too(ended, resumed, method):
+    out, process = resumed[method]
+    assert process.returncode == 0, process.stderr
+    assert "from step" in process.stdout
+    assert bytes_of(out) == bytes_of(ended[method][0])
 
 
 def test_killed_before_the_first_checkpoint(data, tmp_path, capsys):
