@@ -178,7 +178,7 @@ def progress(step, steps, t_i, t_f):
     return min(1.0, (step - t_i * steps) / length)
 
 
-def schedule(step, steps, v_f, t_i, t_f, v_i):
+def fraction_left(step, steps, v_f, t_i, t_f, v_i):
     """v, the fraction left by a zeroing at this step: 1 before t_i, then from v_i down a cubic."""
     done = progress(step, steps, t_i, t_f)
     if done < 0:
@@ -353,7 +353,7 @@ def main(args):
             group["lr"] = group["initial_lr"] * factor
 
         # <method: before forward>
-        v = schedule(step + 1, args.steps, args.sparsity, args.t_i, args.t_f, args.v_i)
+        v = fraction_left(step + 1, args.steps, args.sparsity, args.t_i, args.t_f, args.v_i)
         lam = args.mix or mixing_weight(step, args.steps, args.t_i, args.t_f)
         pruning = step < last and args.sparsity < 1
         remains = [w != 0 for w in weights]                             # (out, in) each

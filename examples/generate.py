@@ -21,6 +21,7 @@ ROUGE-L .. | steps, seconds, seed | folder.
 """
 import argparse
 import collections
+import csv
 import json
 import math
 import random
@@ -68,7 +69,7 @@ def progress(step, steps, t_i, t_f):
     return min(1.0, (step - t_i * steps) / length)
 
 
-def schedule(step, steps, v_f, t_i, t_f, v_i):
+def fraction_left(step, steps, v_f, t_i, t_f, v_i):
     """v, the fraction left by a zeroing at this step: 1 before t_i, then from v_i down a cubic."""
     done = progress(step, steps, t_i, t_f)
     if done < 0:
@@ -122,10 +123,9 @@ def zero_smallest(weights, v):
         w.mul_(stays.view_as(w))
 
 
-# ---- copied from soft_mvp.py: <method: definitions>, without what mgpp.py has too, and without the
-# open loop; schedule is soft_schedule here, because mgpp.py has another function of that name
+# ---- copied from soft_mvp.py: <method: definitions>, without the open loop; top_v is above
 
-def soft_schedule(step, steps, v_f, t_i, t_f):
+def schedule(step, steps, v_f, t_i, t_f):
     """v, the fraction kept at this step: 1, then down the cubic of eq. 5, then v_f."""
     done = (step - t_i * steps) / max(1.0, (1 - t_i - t_f) * steps)
     done = min(max(done, 0.0), 1.0)
@@ -184,11 +184,9 @@ class Masked(nn.Module):
 
 def read_tsv(path):
     """[(source, target)]"""
-    lines = path.read_text(encoding="utf-8").strip("\n").split("\n")
-    header, *rows = [line.split("\t") for line in lines]
-    source = header.index("source")
-    target = header.index("target")
-    return [(row[source], row[target]) for row in rows]
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        return [(row["source"], row["target"]) for row in rows]
 
 
 def features(rows, tokenizer):
@@ -277,6 +275,26 @@ def share_kept(layers):
     return kept / sum(w.numel() for w in weights)
 
 
+def flags():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--method", default="mgpp", choices=["dense", "mgpp", "soft_mvp"])
+    add("--sparsity", type=float, default=0.1, metavar="V", help="fraction of the weights KEPT")
+    add("--model", default=str(MINI / "bert"))
+    add("--data", type=Path, default=MINI / "generate")
+    add("--out", type=Path)
+    add("--steps", type=int, default=1000)
+    add("--batch_size", type=int, default=32)
+    add("--lr", type=float, default=5e-4)
+    add("--beams", type=int, default=1)         # 1: greedy
+    add("--max_new_tokens", type=int, default=32)
+    add("--seed", type=int, default=0)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.set_defaults(**HYPER)
+    return parser
+
+
 def main(args):
     started = time.time()
     logging.set_verbosity_error()
@@ -329,15 +347,15 @@ def main(args):
     for step in range(args.steps):
         if args.method == "mgpp":
             # ---- copied from mgpp.py: <method: before forward>
-            v = schedule(step + 1, args.steps, args.sparsity, args.t_i, args.t_f, args.v_i)
+            v = fraction_left(step + 1, args.steps, args.sparsity, args.t_i, args.t_f, args.v_i)
             lam = args.mix or mixing_weight(step, args.steps, args.t_i, args.t_f)
             pruning = step < last and args.sparsity < 1
             remains = [w != 0 for w in weights]                             # (out, in) each
         if args.method == "soft_mvp":
             # ---- copied from soft_mvp.py: <method: before forward>
-            v = soft_schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
+            v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
             # 0 until t_i T, then up to 1 as v comes down
-            ramp = 1 - soft_schedule(step, args.steps, 0.0, args.t_i, args.t_f)
+            ramp = 1 - schedule(step, args.steps, 0.0, args.t_i, args.t_f)
             if v < 1:
                 update_masks(masked, scores, v)
 
@@ -429,20 +447,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--method", default="mgpp", choices=["dense", "mgpp", "soft_mvp"])
-    add("--sparsity", type=float, default=0.1, metavar="V", help="fraction of the weights KEPT")
-    add("--model", default=str(MINI / "bert"))
-    add("--data", type=Path, default=MINI / "generate")
-    add("--out", type=Path)
-    add("--steps", type=int, default=1000)
-    add("--batch_size", type=int, default=32)
-    add("--lr", type=float, default=5e-4)
-    add("--beams", type=int, default=1)         # 1: greedy
-    add("--max_new_tokens", type=int, default=32)
-    add("--seed", type=int, default=0)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.set_defaults(**HYPER)
-    main(parser.parse_args())
+    main(flags().parse_args())

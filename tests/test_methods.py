@@ -61,7 +61,7 @@ def test_cubic_schedule():
 
 
 def test_mgpp_schedules():
-    values = [mgpp.schedule(step, 100, 0.1, 0.2, 0.3, 0.7) for step in range(101)]
+    values = [mgpp.fraction_left(step, 100, 0.1, 0.2, 0.3, 0.7) for step in range(101)]
     assert values[:20] == [1.0] * 20 and values[20] == pytest.approx(0.7)
     assert values[45] == pytest.approx(0.1 + 0.6 * 0.5 ** 3)
     assert values[70:] == pytest.approx([0.1] * 31)
