@@ -26,6 +26,7 @@ def run_magnitude(flags):
     """Run the example with magnitude.py's masks."""
     sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
     import generate
+
     import magnitude
 
     class Masked(magnitude.Masked):
