@@ -3,39 +3,40 @@ Louizos, Welling and Kingma 2017, arXiv 1712.01312, as used by Sanh, Wolf and Ru
 2005.07683. Official code: AMLab-Amsterdam/L0_regularization;
 huggingface/transformers-research-projects, movement-pruning, at fccd0cdab0.
 
-Idea: the number of weights that are not 0 has no gradient. So each weight gets a random gate z
-that is 0 with some probability, and this probability has a gradient.
+Idea: the number of weights that are not 0, their L0 norm, has no gradient. So each weight gets a
+random gate z. It is 0 with a probability that a learned score S decides, the paper's log alpha;
+and this probability has a gradient.
     y = log u - log(1 - u)                           noise; u is uniform in (1e-4, 1 - 1e-4)
     s = sigmoid((y + S) / beta)                      in (0, 1)
     z = clamp(s (zeta - gamma) + gamma, 0, 1)        stretched to (gamma, zeta), then cut
-    a = (W * z) x                                    dL/dS passes where 0 < z < 1
-How likely is z > 0? It means s > -gamma / (zeta - gamma), or (y + S) / beta > log(-gamma / zeta).
-y is logistic: it exceeds c with probability sigmoid(-c). Therefore
+    a = (W * z) x                                    S learns where z was not cut: 0 < z < 1
+How likely is z > 0? It means s > -gamma / (zeta - gamma), which is the same as (y + S) / beta >
+log(-gamma / zeta), for log(s / (1 - s)) undoes the sigmoid. And y exceeds any number c with
+probability sigmoid(-c). Therefore
     P(z > 0) = sigmoid(S - beta log(-gamma / zeta))
-    minimise  L + lambda * mean over matrices of the mean of P(z > 0) in the matrix
-To count, evaluate or save, there is neither noise nor beta: z = clamp(sigmoid(S) (zeta - gamma) +
-gamma, 0, 1), above 0 where S > log(-gamma / zeta) = -2.398. The layer knows these places by
-torch's gradients being off.
---penalty LAMBDA is the paper's way: lambda = LAMBDA from the first step, and what is kept follows.
-Without it the penalty is an augmented Lagrangian (Wang, Wohlwend and Lei 2020, arXiv 1910.04732):
-    h = kept / v - 1,   penalty = mu1 h + mu2 h^2,   after the step mu1 += 2 h and mu2 += 60 h^2
-kept has the value of the fraction kept without noise, and the gradient of the mean of P(z > 0)
-above. mu1 and mu2 start at 0. While too much is kept the push grows; at the goal it rests.
+    E        = mean over matrices of the mean of P(z > 0) in the matrix
+With torch's gradients off (to count, evaluate and save) there is neither noise nor beta: z =
+clamp(sigmoid(S) (zeta - gamma) + gamma, 0, 1), above 0 where S > log(-gamma / zeta) = -2.398.
+--penalty LAMBDA is the paper's way: minimise L + LAMBDA E, from the first step, and what is kept
+follows. Without it an augmented Lagrangian (Wang, Wohlwend and Lei 2020, arXiv 1910.04732) steers
+k, the fraction of all weights that the gate without noise keeps, to v:
+    h = k / v - 1,   minimise L + mu1 h + mu2 h^2,   after the step mu1 += 2 h and mu2 += 60 h^2
+Both multipliers start at 0. k is a count and has no gradient; E's takes its place. While too much
+is kept mu1 grows, while too little is kept it falls; at h = 0 both stand still. At the end the
+scores nearest to the threshold are moved across it, so that round(v N) of all N are kept.
 
 Symbols
     weight      W               (out, in), one of the six matrices of an encoder layer
-    scores      log alpha, S    (out, in), 2.197 at the start, where P(z > 0) = 0.98
-    noise       y               (out, in), drawn anew at each step, the same on all processes
+    scores      S, log alpha    (out, in), 2.197 at the start, where P(z > 0) = 0.98
+    noise       y               (out, in), drawn anew at each step, the same on every GPU
     BETA, GAMMA, ZETA           2/3, -0.1, 1.1
-    excess      h               relative excess over the goal. multipliers: mu1, mu2
+    kept        k               fraction kept. excess: h. mu1, mu2: the multipliers
     v           v, v^(t)        fraction to keep, on magnitude.py's cubic from 1 to --sparsity
-    L, t, T     -               the loss; the step, from 0 to T - 1; --steps
-Unlike soft_mvp.py: the gate is random, real-valued and differentiable. The threshold cannot move,
-so lambda must. There is no ranking and no floor.
+Unlike soft_mvp.py: the gate is random and takes any value from 0 to 1, and it has a true gradient.
+The threshold stays where it is and the penalty's weight changes. No matrix has a floor.
 Differs from Louizos et al., as the movement code does: a gate for each weight, not for each input
-neuron; log alpha is not clamped; no L2 term; no averaged weights. That code clamps u to its
-interval, we draw it inside. Ours: --sparsity, with the steps 2 and 60; the gap left at the end is
-closed by moving the nearest scores across the threshold.
+neuron; log alpha is not clamped; no L2 penalty on W; no averaging of W over steps. The movement
+code clamps u, we draw it inside its interval. Ours: --sparsity, and the 2 and 60.
 
 Run
     python l0.py --task squad --sparsity 0.03              mini/'s small BERT, two minutes on a CPU
@@ -71,7 +72,7 @@ import common
 # did not run, are ours, and the same in all six scripts.
 # warmup: fraction of the steps in which lr rises. lr_end: fraction of lr left at the last step.
 # t_i, t_f: fractions of the steps before pruning begins and after it has ended.
-# score_lr: peak learning rate of the scores. ascent: step sizes of l1 and l2, ours.
+# score_lr: peak learning rate of the scores. ascent: step sizes of mu1 and mu2, ours.
 # length: tokens in a text. clip: the norm to which all gradients together are clipped.
 MINI = dict(
     model=str(common.MINI / "bert"),
@@ -307,7 +308,7 @@ def main(args):
     # Ten times faster than in soft_mvp.py: a gate has to go from 2.197 down to -2.398.
     groups.append({"params": scores, "lr": args.score_lr, "initial_lr": args.score_lr,
                    "weight_decay": 0.0})
-    state.update(l1=0.0, l2=0.0)                                        # the multipliers
+    state.update(mu1=0.0, mu2=0.0)                                        # the multipliers
     generator = torch.Generator(device)
     # </method>
 
@@ -372,7 +373,7 @@ def main(args):
             # the value of the fraction kept, the gradient of E[L0]
             kept = share_kept(scores) + expected - expected.detach()
             excess = kept / v - 1
-            penalty = state["l1"] * excess + state["l2"] * excess ** 2
+            penalty = state["mu1"] * excess + state["mu2"] * excess ** 2
         # </method>
 
         optimizer.zero_grad()
@@ -386,10 +387,10 @@ def main(args):
         optimizer.step()
 
         # <method: after step>
-        # Ascent: while too much is kept the push grows. l2 only grows, and stiffens the spring.
+        # Ascent: while too much is kept the push grows. mu2 only grows, and stiffens the spring.
         if excess is not None:
-            state["l1"] += args.ascent[0] * excess.item()
-            state["l2"] += args.ascent[1] * excess.item() ** 2
+            state["mu1"] += args.ascent[0] * excess.item()
+            state["mu2"] += args.ascent[1] * excess.item() ** 2
         # </method>
 
         # ---- log line

@@ -2,38 +2,40 @@
 Zhang, Sun and Liang 2024, arXiv 2411.00969. First author's code: MingxuanZhangPurdue/PTMGP at
 b3700cc02f, class MWA.
 
-Idea: give each weight a prior with a thin spike at 0 and a wide slab, and look for the most
-probable weights (MAP): the spike holds small weights at 0, the slab leaves large ones alone.
-    pi(w) = lam N(0, s1) + (1 - lam) N(0, s0)              s0 = 1e-10 and s1 = 0.05: variances
+Idea: assume before training that most weights are close to 0 and some are not. This prior has a
+thin spike at 0 and a wide slab. Training looks for the weights most probable under data and prior
+(MAP): the spike holds small weights at 0, and the slab hardly pulls on large ones.
+    pi(w) = lam p(w; s1) + (1 - lam) p(w; s0)              p(w; s): normal density, variance s
     g(w)  = 1 / (1 + exp(c1 + c2 w^2))                     the spike's share of pi at w
     c1    = log(lam / (1 - lam)) + log(s0 / s1) / 2
     c2    = 1 / (2 s0) - 1 / (2 s1)
-    -grad log pi(w) = w (g / s0 + (1 - g) / s1)            pull to 0: strong in the spike, else weak
-    gradient = dL/dW - (1 / n) grad log pi(W)              into AdamW, with its moments
-When are weights zeroed? After step t_i T, after each multiple of `interval` from there on, and
-after step T - t_f T, the smallest |w| of all matrices together become 0, so that round(v N) of all
-N remain. v = v_f + (v_i - v_f) (1 - (t - t_i T) / (T - t_i T - t_f T))^3, with t the steps done
-and v_i = 0.7 (the paper's SQuAD: 0.5), or v_f if that is more. lam falls linearly from 0.1 to 1e-4
-over the same steps. There is no mask: the loss may pull a zeroed weight back out of the spike. So
-right after a zeroing v of the weights is kept, and nearly all a step later. After the last zeroing
-the prior stops and zeros are final.
-Why is the prior said to be consistent? The likelihood grows with n, the prior does not. A weight
-that matters gains in proportion to n by leaving 0, and in the slab its pull w / (n s1) fades; one
-that does not matter gains nothing outside the spike. This is said of the posterior as n grows, not
-of where AdamW stops.
+    -grad log pi(w) = w (g / s0 + (1 - g) / s1)            strong where |w| < 5e-5, else weak
+    gradient = dL/dW - (1 / n) grad log pi(W)              all of it goes into AdamW's moments
+L is a mean over the n training examples; so the prior, which counts once, is divided by n.
+When are weights zeroed? Once t steps are done, with t = t_i T (rounded up, at least 1), each
+multiple of `interval` after that, and at last t = T - t_f T (rounded). The smallest |w| of all
+matrices together become 0, so that round(v N) of all N weights remain:
+    v = v_f + (v_i - v_f) (1 - (t - t_i T) / (T - t_i T - t_f T))^3      v_i = 0.7, or v_f if larger
+lam falls linearly from 0.1 at t_i T to 1e-4 at T - t_f T. Until then nothing is masked: one step
+after a zeroing nearly every weight differs from 0 again, but only those that the loss pulls on
+leave the spike. At the last zeroing the prior stops, and then zeros are put back after each step.
+Why is the prior called consistent? With more data the most probable weights should have the right
+zeros. A weight that matters gains in proportion to n by leaving 0, and in the slab its pull w / (n
+s1) fades; one that does not matter gains nothing outside the spike. This is said of the posterior
+as n grows, not of where AdamW stops.
 
 Symbols
     weight      W               (out, in), one of the six matrices of an encoder layer
     n           n               training examples; for SQuAD windows of text
-    lam         lambda          weight of the slab; --mix fixes it; --mix 1 is plain L2
-    spike, slab s0, s1          sigma_0^2, sigma_1^2. interval: steps between two zeroings
-    v           1 - sparsity    fraction left by a zeroing at this step; --sparsity is v_f, the last
-    L, t, T     -               the loss; the step, from 0 to T - 1; --steps
-Unlike magnitude.py: zeros are written into the weights now and then, not masked at each step; all
-matrices are ranked together; the prior's gradient is added; gradients are not clipped.
+    lam         lambda          weight of the slab; --mix fixes it; --mix 1 is plain L2: w / s1
+    spike, slab s0, s1          the paper's sigma_0^2 and sigma_1^2: 1e-10 and 0.05
+    v           v               fraction left by a zeroing; v_f, the last, is --sparsity
+    t, T        t, T            steps done, from 0; --steps. t_i, t_f: fractions of the run
+Unlike magnitude.py: zeros are written into the weights now and then, instead of a mask at each
+step; all matrices are ranked together; the prior's gradient is added; no gradient is clipped.
 Differs from the author's code: exactly round(v N) remain; embeddings are frozen. --preset paper
-has its AdamW, lengths and schedules; the mini preset has the other scripts', and the paper's
-prior. Left out: an earlier variant (Dec 2023: --mix 1e-7 --spike 1e-12, with a ramp) and a later
+has the author's AdamW, text lengths and schedules (on SQuAD v_i = 0.5); the mini preset has those
+of the other scripts. Left out: an earlier variant (Dec 2023: --mix 1e-7 --spike 1e-12) and a later
 one (Oct 2024: --mix 1e-3). Which one made the paper's tables is not known.
 
 Run

@@ -2,41 +2,41 @@
 Guo, Liu, Mungall, Lin and Wang 2019, arXiv 1909.12486. They published no code, and the full text
 was not at hand: what is marked (recalled) is from memory.
 
-Idea: prune once, in pre-training, and fine-tune every task on the zeros found, the support.
+Idea: prune once, in pre-training; every task then fine-tunes the weights that remain, the support.
     minimise  f0(w) + gamma sum_i alpha_i |w_i|            f0: loss of MLM plus loss of NSP
-An l1 term in the loss would enter Adam's moments, and Adam would divide its size gamma away. So
-Adam sees f0 alone and takes its whole step, w -> a. Then comes the proximal step: the point
-nearest to a, at a price of lr_t gamma alpha_i for each unit of |w_i|.
+MLM: guess 15 % of the words. NSP: does text B follow text A? Both as in BERT's own pre-training.
+Proximal: in the loss, the sum's gradient would enter Adam's moments, and Adam would divide gamma
+away. So Adam sees f0 alone and takes its whole step, w -> a. Then each a_i moves towards 0:
     w_i = argmin_x (x - a_i)^2 / 2 + lr_t gamma alpha_i |x|
         = sign(a_i) max(|a_i| - lr_t gamma alpha_i, 0)
-With all alpha_i = 1, as in the first round, all are pressed alike. After round number k
-    alpha_i = 1 / (|w_i|^p + eps),   p = min(k, 5)         eps = 1e-9 (recalled)
-presses small weights hard and large ones hardly: with p = 1 the sum counts the weights that are
-not 0, and a higher p spares the large ones more. A zero comes back within a round if one step of
-Adam's is longer than lr_t gamma alpha_i; at its end alpha is 1 / eps, and it stays 0.
-All rounds together take the fraction 1 - recover of the steps; in the rest the zeros stay.
-gamma is solved for at each step: the value with which just round(v N) of all N weights pass the
-proximal step. As it zeroes those with |a_i| / alpha_i <= lr_t gamma, what is left of "proximal" is
-Top_v of |a| / alpha, nearly Top_v of |a| (at most 0.06 % of a step's survivors differ), and their
-shrinkage by lr_t gamma alpha_i. --gamma G is the paper's way: gamma = G is fixed (1e-5 to 1e-2
-(recalled)), and what is kept follows.
+Reweighted: the steps are cut into rounds of equal length. In the first all alpha_i are 1. At the
+end of round number k, counted from 1,
+    alpha_i = 1 / (|w_i|^p + eps),   p = min(k, 5), or 1 with --gamma       eps = 1e-9 (recalled)
+From then on small weights are pressed hard and large ones hardly, the more so the higher p. With p
+= 1 every weight that is not 0 adds about 1 to the sum, which thus counts them. A weight at 0 comes
+back only if one step of Adam is longer than lr_t gamma alpha_i: in the first round, and hardly
+ever once its alpha_i is 1 / eps.
+All rounds together take the fraction 1 - recover of the T steps of pre-training. In the rest there
+is no proximal step, and zeros stay.
+gamma is solved for at each step: lr_t gamma is the largest |a_i| / alpha_i of the weights to go,
+so that round(v N) of all N weights remain, on magnitude.py's cubic:
+    v = v_f + (1 - v_f) (1 - t / ((1 - recover) T))^3      t steps are done; v_f is --sparsity
+So what is kept is Top_v of |a| / alpha, over all matrices together. This is nearly Top_v of |a|:
+at most 0.06 % of one step's survivors differ. And the survivors shrink, by lr_t gamma alpha_i.
+--gamma G is the paper's way: gamma = G at each step (recalled: 1e-5 to 1e-2); v comes out.
 
 Symbols
     weights     w               (out, in) each, the six matrices of each encoder layer
-    alphas      alpha           (out, in) each, the reweighting
-    gamma       gamma           how hard all weights are pressed
-    support     -               the pruned pre-trained BERT, in --out/support; remains: where w != 0
-    v           -               fraction kept at this step of pre-training; --sparsity at the last
-    lr          lr_t            learning rate at this step. L: fine-tuning's loss
-MLM: guess 15 % of the words. NSP: does text B follow text A? Both as in BERT's own pre-training.
-Unlike magnitude.py: all pruning comes before the shared loop. Fine-tuning zeroes the gradients of
-pruned weights; nothing else is different. --nip is the paper's baseline: no penalty; at even
-intervals the smallest weights go for good, about 10 % of all at a time (recalled).
-Differs from the paper: gamma, as above, with v on magnitude.py's cubic from 1 down to --sparsity
-at the end of the rounds. The paper writes the exponent as a superscript (t) (recalled); a sibling
-paper of the group reads it as the iterate's number, so p = 1. Here p = 1 is ten points worse at 10
-% (one seed); with --gamma p is 1, for else a fixed gamma would press harder with each round.
-Embeddings are not pruned.
+    alphas      alpha           (out, in) each. gamma: how hard all weights are pressed
+    support     -               the pruned pre-trained BERT, saved in --out/support
+    lr          lr_t            pre-training's learning rate at this step
+Unlike magnitude.py: all pruning comes before fine-tuning, which keeps the zeros by zeroing their
+gradients. --nip is the paper's baseline: no sum and no gamma; at even intervals the smallest
+weights go for good, about 10 % of all at a time (recalled).
+Differs from the paper: gamma is solved for. There p is a superscript (t) (recalled), which a
+sibling paper of the group reads as the iterate's number, so that p = 1. On mini/'s questions, 10 %
+kept, p = 1 is ten points of F1 worse (one seed); a fixed gamma, though, would press harder in each
+round.
 
 Run
     python rpp.py --task squad --sparsity 0.4            mini/'s small BERT, three minutes on a CPU
