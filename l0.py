@@ -4,26 +4,27 @@ Louizos, Welling and Kingma 2017, arXiv 1712.01312, as used by Sanh, Wolf and Ru
 huggingface/transformers-research-projects, movement-pruning, at fccd0cdab0.
 
 Idea: the number of weights that are not 0, their L0 norm, has no gradient. So each weight gets a
-random gate z. It is 0 with a probability that a learned score S decides, the paper's log alpha;
-and this probability has a gradient.
+random gate z. A learned score S, the paper's log alpha, sets the probability that z is 0; this
+probability has a gradient.
     y = log u - log(1 - u)                           noise; u is uniform in (1e-4, 1 - 1e-4)
     s = sigmoid((y + S) / beta)                      in (0, 1)
     z = clamp(s (zeta - gamma) + gamma, 0, 1)        stretched to (gamma, zeta), then cut
-    a = (W * z) x                                    S learns where z was not cut: 0 < z < 1
-How likely is z > 0? It means s > -gamma / (zeta - gamma), which is the same as (y + S) / beta >
-log(-gamma / zeta), for log(s / (1 - s)) undoes the sigmoid. And y exceeds any number c with
-probability sigmoid(-c). Therefore
+    a = (W * z) x                                    the loss moves S where 0 < z < 1
+How likely is z > 0? It is the case where s > -gamma / (zeta - gamma). Undo the sigmoid on both
+sides: (y + S) / beta > log(-gamma / zeta). And y exceeds a number c with probability sigmoid(-c),
+if we overlook the cut ends of u. Therefore
     P(z > 0) = sigmoid(S - beta log(-gamma / zeta))
     E        = mean over matrices of the mean of P(z > 0) in the matrix
-With torch's gradients off (to count, evaluate and save) there is neither noise nor beta: z =
-clamp(sigmoid(S) (zeta - gamma) + gamma, 0, 1), above 0 where S > log(-gamma / zeta) = -2.398.
+To count, to evaluate and to save (torch's gradients are off then) there is neither noise nor beta:
+z = clamp(sigmoid(S) (zeta - gamma) + gamma, 0, 1). It is above 0 where S exceeds the threshold
+log(-gamma / zeta) = -2.398. W * z is what is saved.
 --penalty LAMBDA is the paper's way: minimise L + LAMBDA E, from the first step, and what is kept
 follows. Without it an augmented Lagrangian (Wang, Wohlwend and Lei 2020, arXiv 1910.04732) steers
-k, the fraction of all weights that the gate without noise keeps, to v:
+k, the fraction of all weights whose S exceeds the threshold, to v:
     h = k / v - 1,   minimise L + mu1 h + mu2 h^2,   after the step mu1 += 2 h and mu2 += 60 h^2
-Both multipliers start at 0. k is a count and has no gradient; E's takes its place. While too much
-is kept mu1 grows, while too little is kept it falls; at h = 0 both stand still. At the end the
-scores nearest to the threshold are moved across it, so that round(v N) of all N are kept.
+Both multipliers start at 0; mu1 may become negative. k is a count and has no gradient: h gets its
+value from k and its gradient from E / v. At the end the scores nearest to the threshold are set
+just across it, 0.001 beyond, so that round(v N) of all N are kept; their z is about 0.
 
 Symbols
     weight      W               (out, in), one of the six matrices of an encoder layer
@@ -31,18 +32,17 @@ Symbols
     noise       y               (out, in), drawn anew at each step, the same on every GPU
     BETA, GAMMA, ZETA           2/3, -0.1, 1.1
     kept        k               fraction kept. excess: h. mu1, mu2: the multipliers
-    v           v, v^(t)        fraction to keep, on magnitude.py's cubic from 1 to --sparsity
-Unlike soft_mvp.py: the gate is random and takes any value from 0 to 1, and it has a true gradient.
-The threshold stays where it is and the penalty's weight changes. No matrix has a floor.
+    v           v               fraction to keep at this step, on magnitude.py's cubic
+Unlike soft_mvp.py: the gate is random, takes any value from 0 to 1, and has a true gradient. The
+threshold is fixed; the penalty's weight steers what is kept. No matrix has a floor.
 Differs from Louizos et al., as the movement code does: a gate for each weight, not for each input
-neuron; log alpha is not clamped; no L2 penalty on W; no averaging of W over steps. The movement
-code clamps u, we draw it inside its interval. Ours: --sparsity, and the 2 and 60.
+neuron; log alpha is not clamped; no L2 penalty on W; no averaging of W over steps. Unlike both we
+draw u inside its interval instead of clamping it. Ours: the steering, with its 2 and 60.
 
-Run
-    python l0.py --task squad --sparsity 0.03              mini/'s small BERT, two minutes on a CPU
-    python l0.py --penalty 300                             the paper's way
-    python l0.py --preset paper                            bert-base-uncased, for a GPU
-Last line: RESULT l0 squad keeps 3.00% (prunes 97.00%) EM .. F1 .. | .. See results/README.md.
+Run (measured results: results/README.md)
+    python l0.py --task squad --sparsity 0.03          mini/'s small BERT, two minutes on a CPU
+    python l0.py --penalty 300 | --preset paper        the paper's way | BERT-base, on a GPU
+Last line: RESULT l0 squad keeps 3.00% (prunes 97.00%) EM .. F1 .. | ..
 """
 import argparse
 import json

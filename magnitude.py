@@ -4,15 +4,16 @@ Official code: huggingface/transformers-research-projects, movement-pruning, at 
 
 Idea: fine-tune BERT, and let each layer compute with its largest weights only.
     M = Top_v(|W|)        1 for the largest round(v n) of the n weights of a matrix, else 0
-    a = (W * M) x         the layer's output for an input x, its bias left out
+    a = (W * M) x         the layer's output for an input x, before its bias is added
     v = v_f + (1 - v_f) (1 - (t - t_i T) / (T - t_i T - t_f T))^3
-v is 1 up to step t_i T; then it falls on this cubic; it stays at v_f for the last t_f T steps.
+v is the fraction kept: 1 up to step t_i T; then it falls on this cubic; for the last t_f T steps
+it is v_f, which --sparsity sets. Of equal weights the first, row by row, are kept.
 Why gradually? A pruned weight takes its share of the work with it, and the other weights need some
 steps to take that over. Why a cubic? It is steep at first, when many weights are of little use,
 and flat at the end, when each pruned weight is missed.
-What comes back? Let W' = W * M. The chain rule gives dL/dW = dL/dW' * M: a masked weight gets no
-gradient, and stands still once Adam's momentum has faded. It comes back only if kept weights
-shrink below it. But v falls at every step, so almost none does.
+Can a pruned weight come back? Let W' = W * M. The chain rule gives dL/dW = dL/dW' * M: a masked
+weight gets no gradient, and stands still once Adam's momentum has faded. It comes back only if
+kept weights shrink below it. While v falls the threshold rises, so almost none does.
 The weakness: fine-tuning hardly moves a weight. A weight that is large at the end was large after
 pre-training, whatever the task. The task has little say in what is kept.
 
@@ -20,27 +21,26 @@ Symbols
     weight    W          (out, in), one of the six matrices of an encoder layer: query, key, value,
                          attention.output.dense, intermediate.dense and output.dense
     mask      M          (out, in), 0 or 1
-    v         v, v^(t)   fraction of the weights kept at this step; --sparsity is v_f, the last
+    v         v          fraction of the weights kept at this step; v_f: the last
     step      t          from 0 to T - 1; T is --steps
     t_i, t_f             fractions of the run, before pruning begins and after it has ended
     L                    the loss
-Nothing else is pruned or counted; embeddings are frozen. --scope global ranks all matrices
-together; a matrix of n weights then keeps its largest int(0.005 n) + 1 at least.
-Unlike dense fine-tuning: update_masks runs before each forward pass, and W * M is saved at the
-end. With --sparsity 1 the script is dense fine-tuning, the baseline and the teacher for --teacher.
-Differs from the official code: there t_i and t_f are multiples of the learning rate's warm-up, so
-a short run never prunes; masks keep int(v n) weights, ours round(v n), of equal ones the first in
-the matrix; steps count from 1 and the first learning rate is 0, ours is one step up; with a
-teacher the losses weigh .5 and .5 by default, ours .1 and .9 as in the paper; biases and LayerNorm
-count as kept, so its 3.14 % is our 3.00 %. The paper's text lets masked weights learn; its code
-and ours do not.
+Nothing else is pruned or counted; embeddings are frozen. --scope global ranks all N weights of all
+matrices together and keeps round(v N). A matrix of n weights then keeps at least its largest
+int(0.005 n) + 1: they are taken first, and the largest of all others fill up round(v N).
+Unlike dense fine-tuning: update_masks runs before each forward pass. After the last step M is found
+once more, for v_f, and W * M is saved. --sparsity 1 is dense fine-tuning, the baseline and teacher.
+Differs from the official code. There t_i and t_f are multiples of the learning rate's warm-up, a
+given number of steps, so a short run never prunes; masks keep int(v n) weights; steps count from
+1, and the first learning rate is 0 (ours is its second); with a teacher the task's loss and the
+teacher's weigh .5 and .5 by default (ours .1 and .9, as in the paper); biases and LayerNorm count
+as kept weights, so its 3.14 % is our 3.00 %. The paper's text, but not its code, lets masked
+weights learn.
 
-Run
-    python magnitude.py --task squad --sparsity 0.1        mini/'s small BERT, two minutes on a CPU
-    python magnitude.py --sparsity 1                       dense
-    python magnitude.py --preset paper                     bert-base-uncased, for a GPU
-Last line: RESULT magnitude squad keeps 10.00% (prunes 90.00%) EM .. F1 .. | .. See
-results/README.md.
+Run (measured results: results/README.md)
+    python magnitude.py --task squad --sparsity 0.1    mini/'s small BERT, two minutes on a CPU
+    python magnitude.py --sparsity 1 | --preset paper  dense | BERT-base, on a GPU
+Last line: RESULT magnitude squad keeps 10.00% (prunes 90.00%) EM .. F1 .. | ..
 """
 import argparse
 import json

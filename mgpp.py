@@ -9,40 +9,40 @@ thin spike at 0 and a wide slab. Training looks for the weights most probable un
     g(w)  = 1 / (1 + exp(c1 + c2 w^2))                     the spike's share of pi at w
     c1    = log(lam / (1 - lam)) + log(s0 / s1) / 2
     c2    = 1 / (2 s0) - 1 / (2 s1)
-    -grad log pi(w) = w (g / s0 + (1 - g) / s1)            strong where |w| < 5e-5, else weak
-    gradient = dL/dW - (1 / n) grad log pi(W)              all of it goes into AdamW's moments
-L is a mean over the n training examples; so the prior, which counts once, is divided by n.
-When are weights zeroed? Once t steps are done, with t = t_i T (rounded up, at least 1), each
-multiple of `interval` after that, and at last t = T - t_f T (rounded). The smallest |w| of all
-matrices together become 0, so that round(v N) of all N weights remain:
+    -grad log pi(w) = w (g / s0 + (1 - g) / s1)            strong where |w| < 5e-5 or so, else weak
+    gradient = dL/dW - (1 / n) grad log pi(W)              both parts go into AdamW's moments
+L is a mean over the n training examples; so the prior, which counts once, is divided by n. lam is
+0.1 up to step t_i T, then falls linearly to 1e-4 at T - t_f T.
+When are weights zeroed? After t steps: first t = t_i T (rounded up, at least 1), last t = T - t_f T
+(rounded), and between them each t that `interval` divides. The smallest |w| of all matrices
+together become 0, so that round(v N) of all N weights remain:
     v = v_f + (v_i - v_f) (1 - (t - t_i T) / (T - t_i T - t_f T))^3      v_i = 0.7, or v_f if larger
-lam falls linearly from 0.1 at t_i T to 1e-4 at T - t_f T. Until then nothing is masked: one step
-after a zeroing nearly every weight differs from 0 again, but only those that the loss pulls on
-leave the spike. At the last zeroing the prior stops, and then zeros are put back after each step.
-Why is the prior called consistent? With more data the most probable weights should have the right
-zeros. A weight that matters gains in proportion to n by leaving 0, and in the slab its pull w / (n
-s1) fades; one that does not matter gains nothing outside the spike. This is said of the posterior
-as n grows, not of where AdamW stops.
+Before the last zeroing no zero is held. One step later nearly every weight differs from 0 again,
+and the log says that 100 % are kept; but only weights that the loss pulls on leave the spike. At
+the last zeroing the prior stops; from then on zeros are put back after each step.
+Why is the prior called consistent? As n grows, the most probable weights should be 0 just where
+those of the best sparse network are. If a weight matters, leaving 0 raises the log likelihood in
+proportion to n, and the slab's pull, w / (n s1), fades. If not, leaving the spike only costs. This
+is said of the posterior as n grows, not of where AdamW stops.
 
 Symbols
     weight      W               (out, in), one of the six matrices of an encoder layer
     n           n               training examples; for SQuAD windows of text
-    lam         lambda          weight of the slab; --mix fixes it; --mix 1 is plain L2: w / s1
+    lam         lambda          weight of the slab; --mix fixes it; --mix 1 is plain L2 (g = 0)
     spike, slab s0, s1          the paper's sigma_0^2 and sigma_1^2: 1e-10 and 0.05
-    v           v               fraction left by a zeroing; v_f, the last, is --sparsity
+    v           v               fraction left by a zeroing, 1 before t_i T; v_f is --sparsity
     t, T        t, T            steps done, from 0; --steps. t_i, t_f: fractions of the run
 Unlike magnitude.py: zeros are written into the weights now and then, instead of a mask at each
 step; all matrices are ranked together; the prior's gradient is added; no gradient is clipped.
 Differs from the author's code: exactly round(v N) remain; embeddings are frozen. --preset paper
-has the author's AdamW, text lengths and schedules (on SQuAD v_i = 0.5); the mini preset has those
-of the other scripts. Left out: an earlier variant (Dec 2023: --mix 1e-7 --spike 1e-12) and a later
-one (Oct 2024: --mix 1e-3). Which one made the paper's tables is not known.
+has the author's AdamW, text lengths and schedules (on SQuAD v_i = 0.5); the mini preset shares its
+schedules with the other scripts. The author's code has also had --mix 1e-7 --spike 1e-12 (Dec 2023)
+and --mix 1e-3 (Oct 2024). Which one made the paper's tables is not known.
 
-Run
-    python mgpp.py --task squad --sparsity 0.1             mini/'s small BERT, two minutes on a CPU
-    python mgpp.py --mix 1                                 plain L2, which the paper compares with
-    python mgpp.py --preset paper                          bert-base-uncased, for a GPU
-Last line: RESULT mgpp squad keeps 10.00% (prunes 90.00%) EM .. F1 .. | .. See results/README.md.
+Run (measured results: results/README.md)
+    python mgpp.py --task squad --sparsity 0.1         mini/'s small BERT, two minutes on a CPU
+    python mgpp.py --mix 1 | --preset paper            plain L2 | BERT-base, on a GPU
+Last line: RESULT mgpp squad keeps 10.00% (prunes 90.00%) EM .. F1 .. | ..
 """
 import argparse
 import json

@@ -2,47 +2,45 @@
 Guo, Liu, Mungall, Lin and Wang 2019, arXiv 1909.12486. They published no code, and the full text
 was not at hand: what is marked (recalled) is from memory.
 
-Idea: prune once, in pre-training; every task then fine-tunes the weights that remain, the support.
+Idea: prune once, while --model, a pre-trained BERT, is pre-trained further on a text. Every task
+then fine-tunes the weights that remain, the support.
     minimise  f0(w) + gamma sum_i alpha_i |w_i|            f0: loss of MLM plus loss of NSP
 MLM: guess 15 % of the words. NSP: does text B follow text A? Both as in BERT's own pre-training.
-Proximal: in the loss, the sum's gradient would enter Adam's moments, and Adam would divide gamma
-away. So Adam sees f0 alone and takes its whole step, w -> a. Then each a_i moves towards 0:
+Proximal: if Adam saw the sum's gradient, it would divide by its size, and gamma would hardly
+count. So Adam sees f0 alone and takes its whole step, w -> a. Then each a_i moves towards 0:
     w_i = argmin_x (x - a_i)^2 / 2 + lr_t gamma alpha_i |x|
         = sign(a_i) max(|a_i| - lr_t gamma alpha_i, 0)
-Reweighted: the steps are cut into rounds of equal length. In the first all alpha_i are 1. At the
-end of round number k, counted from 1,
+Reweighted: the first 1 - recover of the T steps are cut into rounds of equal length (rounded up
+to whole steps). In the first round all alpha_i are 1. At the end of round number k, from 1,
     alpha_i = 1 / (|w_i|^p + eps),   p = min(k, 5), or 1 with --gamma       eps = 1e-9 (recalled)
-From then on small weights are pressed hard and large ones hardly, the more so the higher p. With p
-= 1 every weight that is not 0 adds about 1 to the sum, which thus counts them. A weight at 0 comes
-back only if one step of Adam is longer than lr_t gamma alpha_i: in the first round, and hardly
-ever once its alpha_i is 1 / eps.
-All rounds together take the fraction 1 - recover of the T steps of pre-training. In the rest there
-is no proximal step, and zeros stay.
-gamma is solved for at each step: lr_t gamma is the largest |a_i| / alpha_i of the weights to go,
-so that round(v N) of all N weights remain, on magnitude.py's cubic:
-    v = v_f + (1 - v_f) (1 - t / ((1 - recover) T))^3      t steps are done; v_f is --sparsity
-So what is kept is Top_v of |a| / alpha, over all matrices together. This is nearly Top_v of |a|:
-at most 0.06 % of one step's survivors differ. And the survivors shrink, by lr_t gamma alpha_i.
+From then on small weights are pressed far more than large ones, the more so the higher p. With p =
+1 each weight that is not 0 adds about 1 to the sum, so the sum counts them. A weight at 0 comes
+back only if a step of Adam is longer than lr_t gamma alpha_i. That happens in the first round;
+later its alpha_i is 1 / eps, and it hardly ever does. After the last round zeros are held.
+gamma is solved for at each step, so that round(v N) of all N weights remain: sorted by |a_i| /
+alpha_i, the smallest N - round(v N) go, and lr_t gamma is the largest of these quotients.
+    v = v_f + (1 - v_f) (1 - t / ((1 - recover) T))^3      after t steps, then v_f, --sparsity
+As alpha_i falls with |w_i|, this is nearly Top_v of |a| (on mini/ at most 0.06 % of a step's
+survivors differ). What differs more is that the survivors shrink, by lr_t gamma alpha_i.
 --gamma G is the paper's way: gamma = G at each step (recalled: 1e-5 to 1e-2); v comes out.
 
 Symbols
     weights     w               (out, in) each, the six matrices of each encoder layer
-    alphas      alpha           (out, in) each. gamma: how hard all weights are pressed
+    alphas      alpha           (out, in) each
+    gamma, lr   gamma, lr_t     how hard all weights are pressed; pre-training's learning rate
     support     -               the pruned pre-trained BERT, saved in --out/support
-    lr          lr_t            pre-training's learning rate at this step
 Unlike magnitude.py: all pruning comes before fine-tuning, which keeps the zeros by zeroing their
-gradients. --nip is the paper's baseline: no sum and no gamma; at even intervals the smallest
-weights go for good, about 10 % of all at a time (recalled).
-Differs from the paper: gamma is solved for. There p is a superscript (t) (recalled), which a
-sibling paper of the group reads as the iterate's number, so that p = 1. On mini/'s questions, 10 %
-kept, p = 1 is ten points of F1 worse (one seed); a fixed gamma, though, would press harder in each
-round.
+gradients. --nip is the paper's baseline, without sum and gamma: in m = round(10 (1 - v_f)) equal
+cuts, cut j after j / m of the rounds' time, the smallest |w| go for good (recalled).
+Differs from the paper: gamma is solved for. It writes the exponent as a superscript (t) (recalled),
+which we read as a power. A sibling paper of the group reads (t) as the iterate's number, so that p
+= 1: ten points of F1 worse here (mini/'s questions, 10 % kept, one seed).
 
-Run
-    python rpp.py --task squad --sparsity 0.4            mini/'s small BERT, three minutes on a CPU
-    python rpp.py --task mnli --support out/rpp-squad-0.4-s0     another task on the same zeros
-    python rpp.py --preset paper --corpus FILE           bert-base-uncased, for a GPU
-Last line: RESULT rpp squad keeps 40.00% (prunes 60.00%) EM .. F1 .. | .. See results/README.md.
+Run (measured results: results/README.md)
+    python rpp.py --task squad --sparsity 0.4          mini/'s small BERT, three minutes on a CPU
+    python rpp.py --preset paper --corpus FILE         BERT-base, on a GPU
+    python rpp.py --task mnli --support out/rpp-squad-0.4-s0 the same zeros
+Last line: RESULT rpp squad keeps 40.00% (prunes 60.00%) EM .. F1 .. | ..
 """
 import argparse
 import json

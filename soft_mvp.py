@@ -3,46 +3,44 @@ Sanh, Wolf and Rush 2020, arXiv 2005.07683, section 4. Official code:
 huggingface/transformers-research-projects, movement-pruning, at fccd0cdab0 (mask
 "sigmoied_threshold", penalty "l1").
 
-Idea: scores S learn as in mvp.py. One threshold for all matrices replaces a ranking in each, so
-each matrix finds its own density. A penalty presses all scores down.
+Idea: soft movement is global movement plus a penalty. Scores S learn as in mvp.py: dL/dS = dL/dW' *
+W, as if there were no sigmoid either. One threshold for all matrices lets each matrix find its own
+density. A penalty presses all scores down.
     M = (sigmoid(S) > tau)
     minimise  L + lambda * mean over matrices of the mean of sigmoid(S) in the matrix
     r = 1 - (1 - (t - t_i T) / (T - t_i T - t_f T))^3      0 up to step t_i T, 1 after T - t_f T
 --penalty LAMBDA is the paper's way: tau = 0.1 r and lambda = LAMBDA r are given, and what is kept
 follows. On SQuAD a LAMBDA of 500 keeps 13.9 % and 1400 keeps 2.6 % (the paper's runs).
-Without it what is kept is given: v = v_f + (1 - v_f) (1 - r), where v_f is --sparsity. tau is then
-whatever value lets the highest round(v N) of all N scores pass, and lambda is lambda_f r with a
-constant lambda_f.
-Each matrix of n weights has a floor: its highest int(0.005 n) + 1 scores are kept in any case.
-These are taken first; what is left of round(v N) goes to the highest of all other scores, so the
-total is exact. If v n is less than the floor, the floor is round(v n), at least 1. With --penalty
-it holds too.
-Why a penalty, if tau is solved for? It pushes all scores alike, and that changes no rank. But Adam
-divides each step by the size of the whole gradient. A weight whose dL/dW' * W is small beside the
-penalty sinks at full speed; one whose product is large, of either sign, sinks slowly. So with Adam
-S ranks how much a weight matters, not which way it moved: on SST-2 the rank correlation of S with
-the root mean square of dL/dW' * W climbs from 0.02 to 0.85, and with lambda_f = 0 it stays at 0.02
-and the run falls to chance, as mvp.py's does (see there). With SGD lambda_f changes neither
-(results/README.md).
+Without --penalty what is kept is given: v = v_f + (1 - v_f) (1 - r), where v_f is --sparsity. tau
+is then whatever value lets round(v N) of all N scores pass (so S itself is ranked; of equal scores
+the first pass), and lambda = lambda_f r with a constant lambda_f.
+Each matrix has a floor, so that none is emptied: it keeps at least its highest int(0.005 n) + 1 of
+n scores, or round(v n), but at least 1, where that is less. Floors are taken first; the highest of
+all other scores fill up round(v N). With --penalty the floor is always int(0.005 n) + 1.
+Why a penalty, if tau is solved for? It pushes the scores of a matrix almost alike, and that alone
+would reorder nothing. But Adam divides each step of a score by the recent size of its gradient,
+loss plus penalty. A weight's dL/dW' * W changes its sign from batch to batch. Where it is small
+beside the penalty, the score sinks at full speed; where it is large, the score sinks slowly. So S
+comes to rank how much a weight matters, not which way it moved. During a run on SST-2 the rank
+correlation of S with the root mean square of dL/dW' * W so far climbs from 0.02 to 0.85. With
+lambda_f = 0 it stays at 0.02, and the run falls to chance as mvp.py's does. Under SGD it stays
+near 0 whatever lambda_f is, and the run falls too (results/README.md).
 
 Symbols
     weight    W          (out, in), one of the six matrices of an encoder layer
     scores    S          (out, in), 0 at the start, learned at --score_lr
     mask      M          (out, in), 0 or 1
-    tau       tau        the threshold on sigmoid(S), one for all matrices. ramp: r
-    lambda_f  lambda     weight of the penalty once r is 1
-    v         v, v^(t)   fraction kept
+    tau       tau        the threshold on sigmoid(S). ramp: r. lambda_f: lambda once r is 1
+    v         v          fraction kept
     step      t          from 0 to T - 1; T is --steps. t_i, t_f: fractions of the run. L: the loss
 Unlike mvp.py: one ranking over all scores, as with its --scope global, and a penalty.
 Differs from the paper: tau is solved for. Differs from the official code in what magnitude.py
 names. Left out: other starts of the scores, and scores that blocks of weights share.
 
-Run
-    python soft_mvp.py --task squad --sparsity 0.03        mini/'s small BERT, two minutes on a CPU
-    python soft_mvp.py --penalty 500                       the paper's way
-    python soft_mvp.py --preset paper                      bert-base-uncased, for a GPU
-Last line: RESULT soft_mvp squad keeps 3.00% (prunes 97.00%) EM .. F1 .. | .. See
-results/README.md.
+Run (measured results: results/README.md)
+    python soft_mvp.py --task squad --sparsity 0.03    mini/'s small BERT, two minutes on a CPU
+    python soft_mvp.py --penalty 500 | --preset paper  the paper's way | BERT-base, on a GPU
+Last line: RESULT soft_mvp squad keeps 3.00% (prunes 97.00%) EM .. F1 .. | ..
 """
 import argparse
 import json

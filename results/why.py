@@ -22,7 +22,8 @@ Columns: step, kept · loss: mean of the last ten cross-entropies · back: share
 that were once masked, % · norm: of dL/dS without penalty · speed: mean change of a score in this
 step / its learning rate · size, move: Spearman's correlation of S with the sum of squares
 of dL/dW' * W, and with minus its sum (the movement), in 5,000 weights of each matrix,
-mean over matrices.
+mean over matrices · steady: |sum of dL/dW' * W| / sum of |dL/dW' * W|, median over these weights;
+1: always the same sign, 0: the signs cancel.
 """
 import argparse
 import csv
@@ -38,7 +39,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 COLUMNS = ["experiment", "variant", "task", "seed", "steps", "step", "kept", "loss", "back",
-           "norm", "speed", "size", "move", "metrics", "command"]
+           "norm", "speed", "size", "move", "steady", "metrics", "command"]
 SHARES = [0.9999, 0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.101, 0.07, 0.05,
           0.031]
 ORDERS = ["movement", "back to front", "random", "size"]
@@ -77,6 +78,7 @@ class Watch:
         self.scores = scores
         self.sums = [torch.zeros_like(s) for s in scores]           # of dL/dW' * W
         self.squares = [torch.zeros_like(s) for s in scores]        # of (dL/dW' * W)^2
+        self.sizes = [torch.zeros_like(s) for s in scores]          # of |dL/dW' * W|
         self.random = [torch.rand(s.shape, generator=generator) for s in scores]
         self.out = [torch.zeros_like(s, dtype=torch.bool) for s in scores]      # once masked
         self.norms = [0.0] * len(scores)
@@ -96,6 +98,7 @@ class Watch:
         loss_part = g - self.own * push
         self.sums[i] += loss_part
         self.squares[i] += loss_part ** 2
+        self.sizes[i] += loss_part.abs()
         self.norms[i] = float(loss_part.norm())
         return g + self.options.penalty * push
 
@@ -147,10 +150,12 @@ class Watch:
             kept = sum(int(mask.sum()) for mask in masks)
             back = sum(int((mask & out).sum()) for mask, out in zip(masks, self.out))
             rate = self.optimizer.param_groups[-1]["lr"]
+            steady = self.sample(self.sums).abs() / self.sample(self.sizes)
             self.row(v, loss=sum(self.losses[-10:]) / 10, back=100 * back / kept,
                      norm=sum(n * n for n in self.norms) ** 0.5, speed=change / rate,
                      size=spearman(now, self.sample(self.squares)),
-                     move=spearman(now, -self.sample(self.sums)))
+                     move=spearman(now, -self.sample(self.sums)),
+                     steady=steady.nanmedian())
         if v <= self.options.stop:
             raise Stop
 
