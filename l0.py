@@ -130,7 +130,7 @@ def flags():
     # <method: flags>
     add("--score_lr", type=float)               # the highest, of the scores
     add("--penalty", type=float,
-        help="lambda of the paper's open loop: the fraction kept follows from it, not --sparsity")
+        help="lambda > 0 of the paper's open loop: what is kept follows from it, not --sparsity")
     # </method>
     return parser
 

@@ -13,13 +13,13 @@ thin spike at 0 and a wide slab. Training looks for the weights most probable un
     gradient = dL/dW - (1 / n) grad log pi(W)              both parts go into AdamW's moments
 L is a mean over the n training examples; so the prior, which counts once, is divided by n. lam is
 0.1 up to step t_i T, then falls linearly to 1e-4 at T - t_f T.
-When are weights zeroed? After t steps: first t = t_i T (rounded up, at least 1), last t = T - t_f T
-(rounded), and between them each t that `interval` divides. The smallest |w| of all matrices
-together become 0, so that round(v N) of all N weights remain:
+When are weights zeroed? After t steps: first t = t_i T (rounded up), last t = T - t_f T (rounded),
+and between them each t that `interval` divides. The smallest |w| of all matrices together become
+0, so that round(v N) of all N weights remain:
     v = v_f + (v_i - v_f) (1 - (t - t_i T) / (T - t_i T - t_f T))^3      v_i = 0.7, or v_f if larger
-Before the last zeroing no zero is held. One step later nearly every weight differs from 0 again,
-and the log says that 100 % are kept; but only weights that the loss pulls on leave the spike. At
-the last zeroing the prior stops; from then on zeros are put back after each step.
+Before the last zeroing no zero is held. One step after a zeroing nearly every weight differs from
+0 again (the log then says: kept 100 %, no goal); but only weights that the loss pulls on leave the
+spike. At the last zeroing the prior stops; from then on zeros are put back after each step.
 Why is the prior called consistent? As n grows, the most probable weights should be 0 just where
 those of the best sparse network are. If a weight matters, leaving 0 raises the log likelihood in
 proportion to n, and the slab's pull, w / (n s1), fades. If not, leaving the spike only costs. This
@@ -310,7 +310,7 @@ def main(args):
     # <method: setup>
     weights = [layer.weight for layer in layers.values()]   # W: (out, in) each, pruned in place
     groups[0] |= args.adam
-    first = max(1, math.ceil(args.t_i * args.steps))        # steps done at the first zeroing
+    first = math.ceil(args.t_i * args.steps)                # steps done at the first zeroing
     last = round((1 - args.t_f) * args.steps)               # and at the last
     n = len(data.train)                                     # training examples
     # </method>
@@ -355,9 +355,13 @@ def main(args):
             group["lr"] = group["initial_lr"] * factor
 
         # <method: before forward>
-        v = fraction_left(step + 1, args.steps, args.sparsity, args.t_i, args.t_f, args.v_i)
+        t = step + 1
+        v = fraction_left(t, args.steps, args.sparsity, args.t_i, args.t_f, args.v_i)
         lam = args.mix or mixing_weight(step, args.steps, args.t_i, args.t_f)
         pruning = step < last and args.sparsity < 1
+        due = t % args.interval == 0 or t in (first, last)
+        if pruning and not due:
+            v = None                                                        # for the log
         remains = [w != 0 for w in weights]                             # (out, in) each
         # </method>
 
@@ -385,7 +389,6 @@ def main(args):
 
         # <method: after step>
         # No mask after a zeroing: AdamW's moments live on, and a zeroed weight may grow again.
-        due = (step + 1) % args.interval == 0 or step + 1 in (first, last)
         if pruning and due:
             zero_smallest(weights, v)
         elif not pruning:                                   # after the last zeroing zeros are final

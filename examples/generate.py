@@ -327,7 +327,7 @@ def main(args):
         # ---- copied from mgpp.py: <method: setup>
         weights = [layer.weight for layer in layers.values()]   # W: (out, in) each, pruned in place
         groups[0] |= args.adam
-        first = max(1, math.ceil(args.t_i * args.steps))        # steps done at the first zeroing
+        first = math.ceil(args.t_i * args.steps)                # steps done at the first zeroing
         last = round((1 - args.t_f) * args.steps)               # and at the last
         n = len(data.train)                                     # training examples
     if args.method == "soft_mvp":
@@ -347,9 +347,13 @@ def main(args):
     for step in range(args.steps):
         if args.method == "mgpp":
             # ---- copied from mgpp.py: <method: before forward>
-            v = fraction_left(step + 1, args.steps, args.sparsity, args.t_i, args.t_f, args.v_i)
+            t = step + 1
+            v = fraction_left(t, args.steps, args.sparsity, args.t_i, args.t_f, args.v_i)
             lam = args.mix or mixing_weight(step, args.steps, args.t_i, args.t_f)
             pruning = step < last and args.sparsity < 1
+            due = t % args.interval == 0 or t in (first, last)
+            if pruning and not due:
+                v = None                                                    # for the log
             remains = [w != 0 for w in weights]                             # (out, in) each
         if args.method == "soft_mvp":
             # ---- copied from soft_mvp.py: <method: before forward>
@@ -386,7 +390,6 @@ def main(args):
         if args.method == "mgpp":
             # ---- copied from mgpp.py: <method: after step>
             # No mask after a zeroing: AdamW's moments live on, and a zeroed weight may grow again.
-            due = (step + 1) % args.interval == 0 or step + 1 in (first, last)
             if pruning and due:
                 zero_smallest(weights, v)
             elif not pruning:

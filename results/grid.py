@@ -4,7 +4,7 @@
     python results/grid.py default                             each script as it is: its time
     python results/grid.py sst2 --model DIR --data DIR --corpus FILE     SST-2, a small BERT
     python results/grid.py sst2_3000 ...                       the same, longer: a curve
-    python results/grid.py squad11 ...                         SQuAD 1.1, one epoch
+    python results/grid.py squad11 ...                         SQuAD 1.1, 6,400 questions
     python results/grid.py cola ...                            CoLA
     python results/grid.py paper --corpus FILE                 BERT-base on a GPU; never run
 
@@ -85,7 +85,7 @@ FLAGS = {
     "default": "--preset mini --device cpu",
     "sst2": "--preset paper --device cpu --steps 1200 --lr 3e-5",
     "sst2_3000": "--preset paper --device cpu --steps 3000 --lr 2e-4",
-    "squad11": "--preset paper --device cpu --steps 1200 --lr 1e-4",
+    "squad11": "--preset paper --device cpu --steps 800 --batch_size 8 --lr 2e-4",
     "cola": "--preset paper --device cpu --steps 1600 --lr 1e-4",
     "paper": "--preset paper --device cuda",
     ("rpp", "cola"): "--preset paper --device cpu --steps 600 --batch_size 16 --lr 3e-4",
