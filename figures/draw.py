@@ -5,10 +5,10 @@
     python figures/draw.py --runs out/embedded      and those that look into saved models
 
 score.png      What fraction of the dense score remains when a fraction of the weights is kept?
-               The papers (PAPERS below), the embedded questions (results/embedded.tsv), and SST-2
-               (results/sst2_3000.tsv once it has two pruned methods, until then results/sst2.tsv).
-               Lines join means, hollow marks are single seeds. Grey: below the floor, what a
-               guesser gets that has understood nothing (results/floor.tsv)
+               The papers (PAPERS below), the embedded questions (results/embedded.tsv), and SQuAD
+               with a small real BERT (results/squad11.tsv). Lines join means, hollow marks are
+               single seeds. Grey: below the floor, what a guesser gets that has understood nothing
+               (results/floor.tsv)
 prior.png      MGPP's prior pulls small weights to 0 and leaves large ones alone; L2 pulls on all
                (formulas of mgpp.py, no run)
 movement.png   Magnitude keeps the weights that were large before fine-tuning, movement those
@@ -105,15 +105,6 @@ def floor(data, task):
     return max(score(row) for row in rows)
 
 
-def sst2_rows():
-    """The longer runs once their picture compares methods, else the shorter ones."""
-    rows = read_tsv("sst2_3000.tsv")
-    pruned = {row["method"] for row in rows if float(row["sparsity"]) < 1}
-    if len(pruned & set(METHODS)) > 1:
-        return rows
-    return read_tsv("sst2.tsv")
-
-
 def encoder(folder):
     """{(layer, kind): (out, in)}: the prunable matrices of a saved model."""
     matrices = {}
@@ -164,10 +155,10 @@ def draw_score():
     draw_panel(axes[0], "The papers: SQuAD, BERT-base", "F1", papers, floor("real", "squad"), lines)
     dense, lines = curves(read_tsv("embedded.tsv"), "squad")
     draw_panel(axes[1], "Embedded world: questions", "F1", dense, floor("embedded", "squad"), lines)
-    rows = sst2_rows()
-    dense, lines = curves(rows, "sst2")
-    title = f"Real data: SST-2, MiniLM, {int(rows[0]['steps']):,} steps"
-    draw_panel(axes[2], title, "accuracy", dense, floor("real", "sst2"), lines)
+    rows = read_tsv("squad11.tsv")
+    dense, lines = curves(rows, "squad")
+    title = f"Real data: SQuAD, MiniLM, {rows[0]['steps']} steps"
+    draw_panel(axes[2], title, "F1", dense, floor("real", "squad"), lines)
     axes[0].set_ylabel("% of the dense score")
     handles = {}
     for ax in axes:
