@@ -20,7 +20,7 @@ later its alpha_i is 1 / eps, and it hardly ever does. After the last round zero
 gamma is solved for at each step, so that round(v N) of all N weights remain: sorted by |a_i| /
 alpha_i, the smallest N - round(v N) go, and lr_t gamma is the largest of these quotients.
     v = v_f + (1 - v_f) (1 - t / ((1 - recover) T))^3      after t steps, then v_f, --sparsity
-As alpha_i falls with |w_i|, this is nearly Top_v of |a| (on mini/ at most 0.06 % of a step's
+As alpha_i falls with |w_i|, this is nearly Top_v of |a| (on mini/ at most 0.05 % of a step's
 survivors differ). What differs more is that the survivors shrink, by lr_t gamma alpha_i.
 --gamma G is the paper's way: gamma = G at each step (recalled: 1e-5 to 1e-2); v comes out.
 
