@@ -36,8 +36,8 @@ Symbols
 Unlike soft_mvp.py: the gate is random, takes any value from 0 to 1, and has a true gradient. The
 threshold is fixed; the penalty's weight steers what is kept. No matrix has a floor.
 Differs from Louizos et al., as the movement code does: a gate for each weight, not for each input
-neuron; log alpha is not clamped; no L2 penalty on W; no averaging of W over steps. Unlike both we
-draw u inside its interval instead of clamping it. Ours: the steering, with its 2 and 60.
+neuron; log alpha is not clamped; no L2 penalty on W; no averaging of W over steps. u is drawn
+inside its interval, as theirs; the movement code clamps it. Ours: the steering, with its 2 and 60.
 
 Run (measured results: results/README.md)
     python l0.py --task squad --sparsity 0.03          mini/'s small BERT, two minutes on a CPU
