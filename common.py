@@ -261,7 +261,7 @@ def em_f1(answer, golds):
 
 
 def squad_metrics(rows, features, spans):
-    """EM and F1 over all questions: of a question's windows, the span of the best score answers."""
+    """EM and F1 over all questions: the best-scoring span of all its windows answers."""
     best = {}
     for feature, span in zip(features, spans):
         best[feature["row"]] = max(span, best.get(feature["row"], span))
@@ -427,7 +427,8 @@ def load_bert(name, data, teacher=False):
         model, info = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True,
                                            ignore_mismatched_sizes=True, **options)
     except Exception as error:
-        raise SystemExit(f"{name} has no weights that can be loaded ({error})") from None
+        raise SystemExit(f"{name} has no weights that can be loaded ({error}): "
+                         "give the folder of a whole BERT") from None
     new = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     may_be_new = () if teacher else ("classifier.", "qa_outputs.", "bert.pooler.")
     lacking = [key for key in new if not key.startswith(may_be_new)]

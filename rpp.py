@@ -6,23 +6,25 @@ Idea: prune once, while --model, a pre-trained BERT, is pre-trained further on a
 then fine-tunes the weights that remain, the support.
     minimise  f0(w) + gamma sum_i alpha_i |w_i|            f0: loss of MLM plus loss of NSP
 MLM: guess 15 % of the words. NSP: does text B follow text A? Both as in BERT's own pre-training.
-Proximal: if Adam saw the sum's gradient, it would divide by its size, and gamma would hardly
+Proximal: Adam would divide the gradient of the whole sum by its size, and gamma would hardly
 count. So Adam sees f0 alone and takes its whole step, w -> a. Then each a_i moves towards 0:
     w_i = argmin_x (x - a_i)^2 / 2 + lr_t gamma alpha_i |x|
         = sign(a_i) max(|a_i| - lr_t gamma alpha_i, 0)
 Reweighted: the first 1 - recover of the T steps are cut into rounds of equal length (rounded up
 to whole steps). In the first round all alpha_i are 1. At the end of round number k, from 1,
     alpha_i = 1 / (|w_i|^p + eps),   p = min(k, 5), or 1 with --gamma       eps = 1e-9 (recalled)
-From then on small weights are pressed far more than large ones, the more so the higher p. With p =
-1 each weight that is not 0 adds about 1 to the sum, so the sum counts them. A weight at 0 comes
-back only if a step of Adam is longer than lr_t gamma alpha_i. That happens in the first round;
-later its alpha_i is 1 / eps, and it hardly ever does. After the last round zeros are held.
-gamma is solved for at each step, so that round(v N) of all N weights remain: sorted by |a_i| /
-alpha_i, the smallest N - round(v N) go, and lr_t gamma is the largest of these quotients.
+From then on small weights are pressed far more than large ones, the more so the higher p (at p = 5
+all below 0.016 about alike). With p = 1 each weight that is not 0 adds about 1 to the sum, so the
+sum counts them. A weight at 0 comes back only if a step of Adam is longer than lr_t gamma alpha_i.
+That hardly ever happens once its round has ended: alpha_i is then 1 / eps. After the last round
+zeros are held.
+gamma is solved for at each step, so that round(v N) of all N weights remain (rounding in floating
+point can spare one more): sorted by |a_i| / alpha_i, the smallest N - round(v N) go, and lr_t gamma
+is the largest of these quotients.
     v = v_f + (1 - v_f) (1 - t / ((1 - recover) T))^3      after t steps, then v_f, --sparsity
 As alpha_i falls with |w_i|, this is nearly Top_v of |a| (on mini/ at most 0.05 % of a step's
 survivors differ). What differs more is that the survivors shrink, by lr_t gamma alpha_i.
---gamma G is the paper's way: gamma = G at each step (recalled: 1e-5 to 1e-2); v comes out.
+--gamma G is the paper's open loop, with p = 1: gamma = G at each step (recalled: 1e-5 to 1e-2).
 
 Symbols
     weights     w               (out, in) each, the six matrices of each encoder layer
@@ -70,7 +72,7 @@ import common
 # Fine-tuning: as in magnitude.py. Pre-training under the paper preset: rounds, lr, batch_size and
 # eps are the paper's (recalled); the rest, and the mini preset, are ours. A --steps, --batch_size
 # or --lr that is given holds in both phases, but --pretrain_steps goes before --steps.
-# warmup: fraction of the steps in which lr rises. lr_end: fraction of lr left at the last step.
+# warmup: fraction of the steps in which lr rises. lr_end: fraction of lr left after the last step.
 # recover: fraction of the steps of pre-training after the last round. p: the highest exponent.
 # length: tokens in a text. clip: the norm to which all gradients together are clipped.
 MINI = dict(
@@ -84,8 +86,8 @@ MINI = dict(
     pretrain=dict(
         steps=200, batch_size=32, lr=1e-3,
         length=96, warmup=0.05, recover=0.3,
-        p=5, eps=1e-9,
-    ),
+        p=5, eps=1e-9
+    )
 )
 PAPER = MINI | dict(
     model="bert-base-uncased",
@@ -94,29 +96,29 @@ PAPER = MINI | dict(
     steps=None, epochs=6, lr=3e-5,
     rounds=6,
     pretrain=MINI["pretrain"] | dict(
-        steps=20000, batch_size=256, lr=2e-5, length=128,
-    ),
+        steps=20000, batch_size=256, lr=2e-5, length=128
+    )
 )
 HYPER = {
     "mini": {
         "*": MINI,
         "mnli": dict(steps=3000),
-        "qqp": dict(steps=3000),
+        "qqp": dict(steps=3000)
     },
     "paper": {
         "*": PAPER,
         "squad": dict(
-            epochs=10, batch_size=16, length=384, warmup=0.1,
+            epochs=10, batch_size=16, length=384, warmup=0.1
         ),
         "mnli": dict(warmup=0.16),
-        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1),
-    },
+        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1)
+    }
 }
 # </method>
 
 
 def flags():
-    """The command line. A flag that is left out takes its value from HYPER."""
+    """The command line. A flag without a default here takes it from HYPER."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -133,7 +135,7 @@ def flags():
     add("--seed", type=int, default=0)
     add("--steps", type=int)                    # overrides the preset's steps or epochs
     add("--batch_size", type=int)               # of all processes together
-    add("--lr", type=float)                     # the highest, of the weights
+    add("--lr", type=float)                     # peak learning rate of the weights
     add("--device", default="cuda" if cuda else "cpu")
     add("--teacher", help="distil from the fine-tuned model in this folder")
     add("--resume", action="store_true")        # go on from the last checkpoint in --out
@@ -195,15 +197,13 @@ def prox(a, threshold):
 
 
 def reweight(w, p, eps):
-    """alpha = 1 / (|w|^p + eps): 1 / eps, which no step of Adam's outgrows, for a zero."""
+    """alpha = 1 / (|w|^p + eps): 1 / eps, which hardly a step of Adam outgrows, for a zero."""
     return 1 / (w.abs() ** p + eps)
 
 
 def solve_gamma(weights, alphas, v, lr):
-    """The gamma at which the proximal step leaves round(v n) of all n weights."""
-    ratios = []
-    for a, alpha in zip(weights, alphas):
-        ratios.append((a.abs() / alpha).flatten())
+    """The gamma at which the proximal step leaves round(v N) of all N weights."""
+    ratios = [(a.abs() / alpha).flatten() for a, alpha in zip(weights, alphas)]
     return largest_to_go(torch.cat(ratios), v) / lr         # zeroed: |a| / alpha <= lr gamma
 
 
@@ -324,11 +324,11 @@ def main(args):
     out = Path(args.out or f"out/{method}-{args.task}-{args.sparsity:g}-s{args.seed}")
 
     # ---- mistakes that can be seen before anything is loaded
-    numbers = {args.sparsity, args.lr, args.batch_size, args.checkpoint_every, args.steps}
+    numbers = {args.sparsity, args.lr, args.batch_size, args.steps}
     if min(numbers - {None}) <= 0 or not args.sparsity <= 1:
-        raise SystemExit("--sparsity is the fraction KEPT, above 0 and at most 1; --steps, --lr, "
-                         "--batch_size and --checkpoint_every must be above 0")
-    inputs = map(os.path.realpath, (args.model, args.teacher or ""))
+        raise SystemExit("--sparsity is the fraction KEPT, above 0 and at most 1; --steps, --lr "
+                         "and --batch_size must be above 0")
+    inputs = map(os.path.realpath, (args.model, str(args.teacher)))
     if os.path.realpath(out) in inputs:
         raise SystemExit(f"--out {out} is the --model or --teacher folder too: give another")
     log = out / "log.jsonl"
@@ -337,8 +337,10 @@ def main(args):
     if any(out.glob("*")) and not log.exists():
         raise SystemExit(f"--out {out} holds something other than a run: give a new folder")
     # <method: checks>
-    if args.support and os.path.realpath(args.support) == os.path.realpath(out):
-        raise SystemExit(f"--out {out} is the --support folder too: give another")
+    support = out / "support"                               # written, or replaced
+    inputs = {os.path.realpath(args.support or args.model), os.path.realpath(args.model)}
+    if inputs & {os.path.realpath(out), os.path.realpath(support)}:
+        raise SystemExit(f"--out {out} holds the --support or --model folder: give another")
     pretrains = not args.support and (args.sparsity < 1 or args.gamma)
     if pretrains and not args.corpus:
         raise SystemExit("pre-training needs a text: give --corpus FILE, or --preset mini")
@@ -353,7 +355,7 @@ def main(args):
         device = torch.zeros(1, device=args.device).device
     except Exception as error:
         raise SystemExit(f"--device {args.device} is not there ({error}): give another") from None
-    # bf16 where the hardware multiplies in it; but the mini preset on a CPU is fp32 everywhere
+    # bf16 where the hardware has it; on a CPU only with --preset paper
     bf16 = args.preset == "paper" and torch.cpu._is_avx512_bf16_supported()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -368,8 +370,9 @@ def main(args):
         print(f"--sparsity is the fraction KEPT: did you mean {1 - args.sparsity:g}?")
     if args.preset == "paper" and rank == 0:
         common.download(args.task, args.data)
-    if world > 1:                                       # waits for all ranks
+    if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        torch.distributed.barrier()                     # the others wait for the download
 
     # ---- data and model
     tokenizer = common.load_tokenizer(args.model)
@@ -393,7 +396,8 @@ def main(args):
         every = min(20, len(documents) // 2)                # one document in 20 is held out
         held_out = documents[::every]
         documents = [text for i, text in enumerate(documents) if i % every]
-    found = lacking = None                                  # the pruned BERT
+    found = None                                            # the pruned BERT
+    lacking = []
     if args.support:
         folder = Path(args.support)
         if (folder / "support").exists():                   # a run's: as it was before fine-tuning
@@ -402,11 +406,14 @@ def main(args):
             found, info = BertForPreTraining.from_pretrained(folder, output_loading_info=True)
             lacking = info["missing_keys"]
         except Exception as error:
-            raise SystemExit(f"--support {folder} cannot be loaded ({error})") from None
-        shapes = [layer.weight.shape for layer in common.prunable(found).values()]
-        words = found.config.vocab_size == model.config.vocab_size
-        if shapes != [layer.weight.shape for layer in layers.values()] or not words:
-            raise SystemExit(f"--support {folder} has another shape than --model {args.model}")
+            raise SystemExit(f"--support {folder} cannot be loaded ({error}): give the folder of a "
+                             "pruned BERT, or of a run of rpp.py") from None
+        shapes = []
+        for bert in (found.bert, model.bert):
+            shapes.append([p.shape for key, p in bert.named_parameters() if "pooler" not in key])
+        if shapes[0] != shapes[1] or any(key.startswith("bert.e") for key in lacking):
+            raise SystemExit(f"--support {folder} has not the shape of --model {args.model}, or "
+                             "lacks weights: give one that was pruned from the same BERT")
     # </method>
 
     # ---- the run's folder
@@ -419,18 +426,17 @@ def main(args):
 
     # <method: before the loop>
     # ---- pre-training: prune the pre-trained BERT on text, and save it in out/support
-    support = out / "support"
     unfinished = out / "pretraining.pt"
     if rank == 0 and not args.resume:
         shutil.rmtree(support, ignore_errors=True)
         unfinished.unlink(missing_ok=True)
     if pretrains and args.resume and support.exists():      # this phase is over
-        found, lacking = BertForPreTraining.from_pretrained(support), []
+        found = BertForPreTraining.from_pretrained(support)
     elif pretrains:
         settings = dict(args.pretrain)
         for key in ("steps", "batch_size", "lr"):           # the command line goes before HYPER
             settings[key] = typed.get(key, settings[key])
-        steps = args.pretrain_steps or settings["steps"]
+        steps = args.pretrain_steps = args.pretrain_steps or settings["steps"]
         rounds_end = max(1, round((1 - settings["recover"]) * steps))
         stairs = max(1, round((1 - args.sparsity) / 0.1))   # of --nip
         length = min(settings["length"], tokenizer.model_max_length)
@@ -440,8 +446,8 @@ def main(args):
             rng = np.random.default_rng([i])
             size = min(32, n_held - i)
             held_batches.append(mlm_nsp_batch(held_out, tokenizer, size, length, rng))
-        found, info = BertForPreTraining.from_pretrained(args.model, output_loading_info=True)
-        lacking = []
+        found, info = BertForPreTraining.from_pretrained(
+            args.model, dtype=torch.float32, output_loading_info=True)
         found = found.to(device).train()
         if info["missing_keys"]:
             print(f"{args.model} lacks a head, which starts anew: {sorted(info['missing_keys'])}")
@@ -450,11 +456,10 @@ def main(args):
         if world > 1:
             net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
         optimizer = torch.optim.AdamW(
-            found.parameters(), lr=settings["lr"],
-            eps=1e-8, weight_decay=0.0, fused=True)
+            found.parameters(), weight_decay=0.0, fused=True)
         saved = dict(step=0, alphas=[torch.ones_like(w) for w in weights])
         if args.resume and unfinished.exists():
-            saved = torch.load(unfinished, map_location=device, weights_only=True)
+            saved = torch.load(unfinished, map_location=device)
             found.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
         alphas = saved["alphas"]
@@ -481,15 +486,15 @@ def main(args):
             done = step + 1
             progress = min(1.0, done / rounds_end)
             left = (1 - progress) ** 3                      # the cubic of magnitude.py
+            height = int(progress * stairs)
             if args.nip:                                    # even stairs
-                left = 1 - int(progress * stairs) / stairs
+                left = 1 - height / stairs
             v = args.sparsity + (1 - args.sparsity) * left
             gamma = 0.0
             with torch.no_grad():
                 if args.nip or step >= rounds_end:          # the zeros stay
                     for w, stays in zip(weights, remains):
                         w.masked_fill_(~stays, 0.0)
-                height = int(progress * stairs)
                 if args.nip and height > stair:
                     stair = height
                     row = torch.cat([w.abs().flatten() for w in weights])               # (n,)
@@ -517,10 +522,9 @@ def main(args):
                 if not torch.isfinite(loss):
                     raise SystemExit(f"the loss is {loss} at step {done}: give a smaller --lr")
             if rank == 0 and done % args.checkpoint_every == 0:
-                saved = dict(
+                torch.save(dict(
                     model=found.state_dict(), optimizer=optimizer.state_dict(),
-                    alphas=alphas, step=done)
-                torch.save(saved, out / "pretraining.part")
+                    alphas=alphas, step=done), out / "pretraining.part")
                 os.replace(out / "pretraining.part", unfinished)
         with autocast:
             after = accuracy(net, held_batches, device)
@@ -557,7 +561,7 @@ def main(args):
     # ---- resume
     saved = dict(step=0, seconds=0.0)
     if args.resume and checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        saved = torch.load(checkpoint, map_location=device)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         state.update(saved["state"])
@@ -565,7 +569,8 @@ def main(args):
         print(f"the run goes on from step {saved['step']}")
 
     # ---- the loop: batch, dropout and lr depend on (seed, step) alone, as a resumed run needs
-    started = time.time() - saved["seconds"]
+    seconds = saved["seconds"]
+    started = time.time() - seconds
     batches = data.batches(saved["step"], args.batch_size, args.seed)
     for step in range(saved["step"], args.steps):
         torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)
@@ -605,12 +610,12 @@ def main(args):
         done = step + 1
         seconds = time.time() - started
         if rank == 0 and (done % 50 == 0 or done == args.steps):
-            ms = 1000 * seconds / done
             kept = common.count_kept(model)[1]
             goal_text = "no goal" if v is None else f"goal {v:.1%}"
             print(f"step {done:05d}/{args.steps:05d}  loss {loss:.4f}  penalty {penalty:.4f}  "
-                  f"kept {kept:.1%} ({goal_text})  lr {args.lr * factor:.1e}  {ms:.0f} ms  "
-                  f"eta {(args.steps - done) * ms / 60000:.0f}m", flush=True)
+                  f"kept {kept:.1%} ({goal_text})  lr {args.lr * factor:.1e}  "
+                  f"{1000 * seconds / done:.0f} ms  "
+                  f"eta {(args.steps - done) * seconds / done / 60:.0f}m", flush=True)
             row = dict(step=done, loss=loss.item(), penalty=penalty.item(),
                        kept=kept, goal=v, lr=args.lr * factor, seconds=seconds)
             with open(log, "a") as file:
@@ -620,16 +625,15 @@ def main(args):
 
         # ---- checkpoint: under another name first, so that it is whole or not there
         if rank == 0 and done % args.checkpoint_every == 0:
-            saved = dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
-                         state=state, step=done, seconds=seconds)
-            torch.save(saved, out / "checkpoint.part")
+            torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
+                            state=state, step=done, seconds=seconds), out / "checkpoint.part")
             os.replace(out / "checkpoint.part", checkpoint)
 
     # <method: bake>
     # nothing: the zeros are in the weights of plain nn.Linear layers
     # </method>
 
-    # ---- save, reload, count the zeros, evaluate
+    # ---- save; what is counted and evaluated is what the folder holds
     if world > 1:
         torch.distributed.destroy_process_group()
     if rank > 0:
@@ -642,10 +646,11 @@ def main(args):
         metrics = data.evaluate(model)
     for name, share in kept_per_layer.items():
         print(f"{name:50s} kept {share:7.2%} {'#' * round(40 * share)}")
-    seconds = time.time() - started
+    total = time.time() - started
     scores = " ".join(f"{name} {value:.1f}" for name, value in metrics.items())
     line = (f"RESULT {method} {args.task} keeps {kept:.2%} (prunes {1 - kept:.2%}) {scores} | "
-            f"{args.steps} steps {seconds:.0f} s seed {args.seed} | {out}")
+            f"{args.steps} steps {total:.0f} s seed {args.seed} | {out}")
+    # missed: by more than 0.1 points, or 5 % of a small goal
     missed = goal is not None and abs(kept - goal) > min(0.001, 0.05 * goal)
     if missed:
         line += f" | MISSED the goal of {goal:.2%}"
@@ -654,13 +659,13 @@ def main(args):
         method=method, task=args.task,
         kept=kept, kept_per_layer=kept_per_layer,
         metrics=metrics,
-        seconds=seconds, ms_per_step=ms,
+        seconds=total, ms_per_step=1000 * seconds / args.steps,
         n_train=len(data.train), n_dev=data.n_dev,
         n_prunable=n_prunable,
         device=args.device,
         threads=torch.get_num_threads(),
         versions=versions,
-        args=vars(args) | {"goal": goal},
+        args=vars(args) | {"out": str(out), "goal": goal},
         line=line
     )
     (out / "result.json").write_text(json.dumps(result, indent=1))

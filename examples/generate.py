@@ -116,8 +116,8 @@ def top_v(scores, v):
 
 @torch.no_grad()
 def zero_smallest(weights, v):
-    """Set the smallest |w| of all matrices together to 0, so that round(v n) of all n remain."""
-    row = torch.cat([w.flatten() for w in weights]).abs_()              # (n,)
+    """Set the smallest |w| of all matrices together to 0, so that round(v N) of all N remain."""
+    row = torch.cat([w.flatten() for w in weights]).abs_()              # (N,)
     remains = top_v(row, v).split([w.numel() for w in weights])
     for w, stays in zip(weights, remains):
         w.mul_(stays.view_as(w))
@@ -141,7 +141,7 @@ def floor(n):
 def update_masks(masked, scores, v):
     """One threshold for all matrices: M is Top_v of all scores together, after each one's floor."""
     sizes = [s.numel() for s in scores]
-    row = torch.cat([s.flatten() for s in scores])                      # (n,)
+    row = torch.cat([s.flatten() for s in scores])                      # (N,)
     for part in row.split(sizes):                                       # a view of the row
         part[top_v(part, min(v, floor(len(part))))] = torch.inf         # ranks before all others
     for m, mask in zip(masked, top_v(row, v).split(sizes)):
@@ -154,7 +154,7 @@ def sigmoid_penalty(scores):
 
 
 class StraightThrough(torch.autograd.Function):
-    """W' = W * M, with a backward pass as if M were S itself."""
+    """W' = W * M; the backward pass takes 1 for the slope of M in S."""
 
     @staticmethod
     def forward(ctx, weight, scores, mask):
@@ -315,10 +315,10 @@ def main(args):
         dev=features(dev, tokenizer),
     )
     golds = [target for _, target in dev]
-    first = [source.split(". ")[0] for source, _ in dev]
+    sentences = [source.split(". ")[0] for source, _ in dev]
     targets = collections.Counter(target for _, target in train)
     frequent = [targets.most_common(1)[0][0]] * len(dev)
-    print("floor: the source's first sentence:", show(score(first, golds)))
+    print("floor: the source's first sentence:", show(score(sentences, golds)))
     print("floor: the most frequent target:", show(score(frequent, golds)))
     layers = prunable(model)
     groups = [{"params": list(model.parameters()), "lr": args.lr}]
@@ -357,9 +357,9 @@ def main(args):
             remains = [w != 0 for w in weights]                             # (out, in) each
         if args.method == "soft_mvp":
             # ---- copied from soft_mvp.py: <method: before forward>
-            v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
-            # 0 until t_i T, then up to 1 as v comes down
+            # 0 until t_i T, then up to 1
             ramp = 1 - schedule(step, args.steps, 0.0, args.t_i, args.t_f)
+            v = 1 - (1 - args.sparsity) * ramp
             if v < 1:
                 update_masks(masked, scores, v)
 

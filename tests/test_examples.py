@@ -22,6 +22,8 @@ EXAMPLE = ROOT / "examples" / "generate.py"
 BANNER = re.compile(r"(?m)^ *# ---- (?:copied from (\w+)\.py: <method: ([^>]*)>)?.*$")
 # What the example leaves out of soft_mvp.py's slots: the open loop, which needs --penalty.
 LEFT_OUT = [
+    ("prunes = args.sparsity < 1 or args.penalty masked", "masked"),
+    ("values() if prunes", "values() if args.sparsity < 1"),
     ("if args.penalty: update_masks_open(masked, scores, 0.1 * ramp) v = None elif", "if"),
     ("(args.penalty or args.lambda_f)", "args.lambda_f"),
     ("if args.penalty: goal = None update_masks_open(masked, scores, 0.1) elif", "if"),

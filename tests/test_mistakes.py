@@ -62,16 +62,27 @@ def test_rpp_mistakes(data, tmp_path):
     assert "cannot be loaded" in fails("rpp", data, tmp_path / "c", "--support", "nowhere")
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "log.jsonl").write_text("")
-    assert "--support folder" in fails("rpp", data, tmp_path / "d", "--support", tmp_path / "d")
+    assert "holds the --support" in fails("rpp", data, tmp_path / "d", "--support", tmp_path / "d")
+    shutil.copytree(BERT, tmp_path / "d" / "support")       # a run would write its own there
+    for flag in ("--support", "--model"):
+        sentence = fails("rpp", data, tmp_path / "d", flag, tmp_path / "d" / "support")
+        assert "give another" in sentence
+    assert (tmp_path / "d" / "support" / "model.safetensors").exists()
     needs = fails("rpp", data, tmp_path / "e", "--preset", "paper", "--model", str(BERT))
     assert "give --corpus FILE" in needs
 
 
-def test_support_of_another_shape(data, tmp_path):
-    config = BertConfig.from_pretrained(BERT, num_hidden_layers=2)
-    BertForPreTraining(config).save_pretrained(tmp_path / "short")
-    sentence = fails("rpp", data, tmp_path / "out", "--support", tmp_path / "short")
-    assert "has another shape" in sentence
+@pytest.mark.parametrize("changes", [
+    {"num_hidden_layers": 2}, {"max_position_embeddings": 256}, {}])
+def test_support_of_another_shape(data, tmp_path, changes):
+    """Too few layers, too many positions, or no weights in the encoder."""
+    model = BertForPreTraining(BertConfig.from_pretrained(BERT, **changes))
+    weights = model.state_dict()
+    if not changes:
+        weights = {name: x for name, x in weights.items() if "encoder" not in name}
+    model.save_pretrained(tmp_path / "support", state_dict=weights)
+    sentence = fails("rpp", data, tmp_path / "out", "--support", tmp_path / "support")
+    assert "has not the shape" in sentence
 
 
 def test_advice_on_the_complement(data, tmp_path, capsys):

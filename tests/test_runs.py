@@ -109,6 +109,23 @@ def test_same_seed_same_bytes_and_resumed_too(ended, resumed, method):
     assert bytes_of(out) == bytes_of(ended[method][0])
 
 
+def test_killed_after_the_last_step(ended, data, tmp_path, monkeypatch):
+    """The last checkpoint is at the last step: what is left is to save and evaluate."""
+    class Killed(Exception):
+        pass
+
+    def killed(*_):
+        raise Killed
+
+    flags = ["--sparsity", "0.1", "--checkpoint_every", "4"]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(common.Data, "evaluate", killed)
+        run("mvp", data, tmp_path, *flags)
+    result = run("mvp", data, tmp_path, *flags, "--resume")
+    assert result["ms_per_step"] > 0 and result["args"]["out"] == str(tmp_path)
+    assert bytes_of(tmp_path) == bytes_of(ended["mvp"][0])
+
+
 def test_killed_before_the_first_checkpoint(data, tmp_path, capsys):
     (tmp_path / "log.jsonl").write_text("")
     result = run("magnitude", data, tmp_path, "--resume", "--sparsity", "0.1")
@@ -165,7 +182,7 @@ def test_own_flags_meet_the_goal(data, tmp_path, method, flags):
 
 
 @pytest.mark.parametrize("method, flags", [
-    ("soft_mvp", ["--penalty", "100"]), ("l0", ["--penalty", "100"]),
+    ("soft_mvp", ["--penalty", "100"]), ("l0", ["--penalty", "100", "--sparsity", "1"]),
     ("rpp", ["--gamma", "1e-3", *PRETRAIN["rpp"]])])
 def test_open_loops_have_no_goal(data, tmp_path, method, flags):
     result = run(method, data, tmp_path, *flags)
