@@ -181,7 +181,7 @@ def text_features(rows, tokenizer, length):
 
 
 def squad_features(rows, tokenizer, length):
-    """[CLS] question [SEP] part of the context [SEP], a window every 128 tokens of the context.
+    """[CLS] question [SEP] part of the context [SEP]: windows, 128 tokens apart or half a window.
 
     As in BERT's own code, the question has at most 64 tokens, and a window that lacks part of the
     first answer points at [CLS], place 0. A feature also keeps the number of its row, and spans:
@@ -310,7 +310,7 @@ class Data:
     """A task's rows and features.
 
     train: the training features. dev: {name: features}. rows: {name: rows as read}. labels: the
-    names of the classes; None where the label is a number. n_dev: rows of all dev files.
+    names of the classes; None where the label is a number or a place. n_dev: rows of all dev files.
     """
 
     def __init__(self, task, folder, tokenizer, length):

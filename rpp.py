@@ -42,7 +42,7 @@ Run (measured results: results/README.md)
     python rpp.py --task squad --sparsity 0.4          mini/'s small BERT, three minutes on a CPU
     python rpp.py --preset paper --corpus FILE         BERT-base, on a GPU
     python rpp.py --task mnli --support out/rpp-squad-0.4-s0 the same zeros
-Last line: RESULT rpp squad keeps 40.00% (prunes 60.00%) EM .. F1 .. | ..
+Last line: RESULT rpp squad keeps 40.00% (prunes 60.00%) EM .. F1 .. | .. (seconds: of fine-tuning)
 """
 import argparse
 import json

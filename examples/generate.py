@@ -6,7 +6,7 @@ lines below it were copied from. All else is an ordinary training loop. tests/te
 the copies equal to the scripts.
 
 Pruned     every nn.Linear in the layers of encoder and decoder; not the embeddings, not the LM head
-Data       DIR/{train,dev}.tsv with the columns source and target. By default a text and an answer
+Data       DIR/{train,dev}.tsv with the columns source and target. By default an answer and a text
            are the source, and the question is the target (mini/make.py)
 Model      a folder or hub name of an encoder-decoder; or of a BERT, which then starts both halves,
            while the decoder's attention to the encoder starts from random weights
@@ -190,7 +190,7 @@ def read_tsv(path):
 
 
 def features(rows, tokenizer):
-    """[{input_ids, attention_mask, labels}], lists of numbers."""
+    """[{input_ids, attention_mask, labels, ..}], lists of numbers."""
     sources, targets = zip(*rows)
     columns = tokenizer(list(sources), text_target=list(targets), truncation=True)
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
