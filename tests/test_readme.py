@@ -57,7 +57,7 @@ def mean(name, column, task, v):
     return " / ".join(f"{x:.1f}" for x in np.mean(found, axis=0)) + f" ({len(found)})"
 
 
-@pytest.mark.parametrize("name", ["embedded.tsv", "sst2.tsv", "sst2_3000.tsv"])
+@pytest.mark.parametrize("name", ["embedded.tsv", "squad11.tsv", "sst2.tsv", "sst2_3000.tsv"])
 def test_tables_of_results(name):
     """Each cell of the table that has this file's columns and tasks."""
     section = RESULTS[:RESULTS.index(f"[{name}]({name})")].rsplit("\n## ", 1)[1]
