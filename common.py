@@ -126,15 +126,16 @@ def read_tsv(path, task, labels):
         if name not in header:
             raise SystemExit(f"{path}, line 1: the header has no column {name!r}: add it")
     places = [header.index(name) for name in wanted]
+    first = 1 if task == "cola" else 2          # the number of the first row's line
     cells = []
-    for number, row in enumerate(table[1:], 1 if task == "cola" else 2):
+    for number, row in enumerate(table[1:], first):
         if len(row) <= max(places):
             raise SystemExit(f"{path}, line {number}: the row is cut short: complete or delete it")
         cells.append([row[place] for place in places])
     if labels == []:
         labels = sorted({label for *_, label in cells})
     rows = []
-    for number, (*texts, label) in enumerate(cells, 1 if task == "cola" else 2):
+    for number, (*texts, label) in enumerate(cells, first):
         try:
             value = float(label) if labels is None else labels.index(label)
         except ValueError:
@@ -420,7 +421,8 @@ def load_bert(name, data, teacher=False):
     else:
         kind = AutoModelForSequenceClassification
         labels = dict(enumerate(data.labels or ["score"]))
-        options = {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
+        options = {"id2label": labels, "label2id": {label: i for i, label in labels.items()},
+                   "problem_type": "single_label_classification"}
         if data.labels is None:
             options["problem_type"] = "regression"
     try:

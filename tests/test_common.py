@@ -251,6 +251,14 @@ def test_prunable_and_count(data, tokenizer):
     assert kept == pytest.approx(1 - zeros / 786432) and total == 786432
 
 
+def test_one_class_is_no_regression(data, tokenizer):
+    task = common.Data("tsv", data, tokenizer, 64)
+    task.labels = ["yes"]
+    model = common.load_bert(BERT, task)
+    texts = tokenizer(["some words"], return_tensors="pt")
+    assert model(**texts, labels=torch.tensor([0])).loss == 0       # the only class is certain
+
+
 def test_not_a_bert(tmp_path, data, tokenizer):
     with pytest.raises(SystemExit, match="cannot be loaded"):
         common.load_tokenizer(str(tmp_path / "nothing"))
