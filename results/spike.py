@@ -1,0 +1,70 @@
+"""What MGPP's spike does to a weight under AdamW, measured inside a run of mgpp.py.
+
+    python results/spike.py [mgpp.py's flags]         appends to results/spike.tsv
+
+A row for every tenth zeroing. Since the zeroing before it (10 steps in the mini preset):
+still     weights that moved by less than 1 % of the learning rate, % of all
+back      survivors of this zeroing that the one before had set to 0, %
+inside    weights within 6 standard deviations of the spike, just before the zeroing, %
+The last row has the run's scores too.
+"""
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import mgpp  # noqa: E402
+
+TSV = ROOT / "results" / "spike.tsv"
+zero_smallest, lr_factor = mgpp.zero_smallest, mgpp.lr_factor
+before = []
+rows = []
+factor = 1.0
+
+
+def remember(*numbers):
+    global factor
+    factor = lr_factor(*numbers)
+    return factor
+
+
+def percent(condition):
+    return 100 * float(condition.double().mean())
+
+
+@torch.no_grad()
+def measured(weights, v):
+    now = torch.cat([w.flatten() for w in weights])                 # (N,)
+    zero_smallest(weights, v)
+    after = torch.cat([w.flatten() for w in weights])
+    if before:
+        still = (now - before[-1]).abs() < 0.01 * LR * factor
+        back = before[-1][after != 0] == 0
+        inside = now.abs() < 6 * SPIKE ** 0.5
+        rows.append([f"{100 * v:.1f}", f"{percent(still):.2f}", f"{percent(back):.2f}",
+                     f"{percent(inside):.2f}"])
+    before[:] = [after]
+
+
+if __name__ == "__main__":
+    args = mgpp.flags().parse_args(sys.argv[1:])
+    hyper = mgpp.HYPER[args.preset]["*"]
+    LR = args.lr or hyper["lr"]
+    SPIKE = args.spike or hyper["spike"]
+    mgpp.zero_smallest = measured
+    mgpp.lr_factor = remember
+    mgpp.main(args)
+    rows.pop()                          # the bake zeroes once more: nothing has moved by then
+    metrics = json.loads((Path(args.out) / "result.json").read_text())["metrics"]
+    scores = " ".join(f"{name} {value:.2f}" for name, value in metrics.items())
+    command = " ".join(["python results/spike.py", *sys.argv[1:]])
+    if not TSV.exists():
+        TSV.write_text("\t".join(["kept", "still", "back", "inside", "scores", "command"]) + "\n")
+    with open(TSV, "a") as file:
+        for place, row in enumerate(rows, 1):
+            if place % 10 == 0 or place == len(rows):
+                last = scores if place == len(rows) else ""
+                print(*row, last, command, sep="\t", file=file)
