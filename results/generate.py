@@ -2,10 +2,11 @@
 
     python results/generate.py                                     every row that is not there yet
     python results/generate.py magnitude --sparsity 0.1 --seed 0 --out FOLDER              one run
+    python results/generate.py l2 --sparsity 0.1 --seed 0 --out FOLDER                     one run
 
-The example has no slots of magnitude.py. Its rows come from this file: magnitude.py's masks take
-the place of soft movement's, and the penalty is 0. A finished run (result.json under --runs) is
-not made again.
+Two methods are not in the example and come from this file. magnitude: magnitude.py's masks take the
+place of soft movement's, and the penalty is 0. l2: MGPP without the spike (mix = 1). A finished run
+(result.json under --runs) is not made again.
 """
 import argparse
 import json
@@ -22,9 +23,17 @@ TSV = ROOT / "results" / "generate.tsv"
 COLUMNS = ["method", "sparsity", "seed", "kept_%", "scores", "seconds", "command"]
 
 
+def run_l2(flags):
+    """Run the example with MGPP, whose prior has no spike."""
+    import generate
+
+    args = generate.flags().parse_args(["--method", "mgpp", *flags])
+    args.mix = 1.0
+    generate.main(args)
+
+
 def run_magnitude(flags):
     """Run the example with magnitude.py's masks."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
     import generate
 
     import magnitude
@@ -59,11 +68,15 @@ def row_of(out, method, sparsity, seed, words):
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("method", nargs="?", choices=["magnitude"])
+    parser.add_argument("method", nargs="?", choices=["magnitude", "l2"])
     parser.add_argument("--runs", type=Path, default=Path("out/generate"))
     args, rest = parser.parse_known_args()
-    if args.method:
+    sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+    if args.method == "magnitude":
         run_magnitude(rest)
+        return
+    if args.method == "l2":
+        run_l2(rest)
         return
     rows = {}
     if TSV.exists():
@@ -71,12 +84,12 @@ def main():
         rows = {tuple(line[:3]): line for line in lines}
     wanted = [("dense", "1")]
     wanted += [(method, sparsity) for sparsity in ("0.3", "0.1", "0.03")
-               for method in ("magnitude", "mgpp", "soft_mvp")]
+               for method in ("magnitude", "mgpp", "l2", "soft_mvp")]
     for seed in ("0", "1", "2"):                # one seed of everything, then the second
         for method, sparsity in wanted:
             out = (args.runs / f"{method}-{sparsity}-s{seed}").resolve()
             words = ["examples/generate.py", "--method", method]
-            if method == "magnitude":
+            if method in ("magnitude", "l2"):
                 words = ["results/generate.py", method]
             words += ["--sparsity", sparsity, "--seed", seed]
             if (method, sparsity, seed) not in rows and not (out / "result.json").exists():
