@@ -3,7 +3,8 @@
     python results/spike.py [mgpp.py's flags]         appends to results/spike.tsv
 
 A row for every tenth zeroing. Since the zeroing before it (10 steps in the mini preset):
-still     weights that moved by less than 1 % of the learning rate, % of all
+thrown    weights that moved by more than 10 learning rates, % of all
+still     weights that moved by less than 1 % of the learning rate, %
 back      survivors of this zeroing that the one before had set to 0, %
 inside    weights within 6 standard deviations of the spike, just before the zeroing, %
 The last row has the run's scores too.
@@ -19,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 import mgpp  # noqa: E402
 
 TSV = ROOT / "results" / "spike.tsv"
+COLUMNS = ["kept", "thrown", "still", "back", "inside", "scores", "command"]
 zero_smallest, lr_factor = mgpp.zero_smallest, mgpp.lr_factor
 before = []
 rows = []
@@ -41,11 +43,11 @@ def measured(weights, v):
     zero_smallest(weights, v)
     after = torch.cat([w.flatten() for w in weights])
     if before:
-        still = (now - before[-1]).abs() < 0.01 * LR * factor
+        moved = (now - before[-1]).abs() / (LR * factor)
         back = before[-1][after != 0] == 0
         inside = now.abs() < 6 * SPIKE ** 0.5
-        rows.append([f"{100 * v:.1f}", f"{percent(still):.2f}", f"{percent(back):.2f}",
-                     f"{percent(inside):.2f}"])
+        shares = [percent(x) for x in (moved > 10, moved < 0.01, back, inside)]
+        rows.append([f"{100 * v:.1f}", *(f"{share:.2f}" for share in shares)])
     before[:] = [after]
 
 
@@ -62,7 +64,7 @@ if __name__ == "__main__":
     scores = " ".join(f"{name} {value:.2f}" for name, value in metrics.items())
     command = " ".join(["python results/spike.py", *sys.argv[1:]])
     if not TSV.exists():
-        TSV.write_text("\t".join(["kept", "still", "back", "inside", "scores", "command"]) + "\n")
+        TSV.write_text("\t".join(COLUMNS) + "\n")
     with open(TSV, "a") as file:
         for place, row in enumerate(rows, 1):
             if place % 10 == 0 or place == len(rows):
