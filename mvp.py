@@ -19,12 +19,12 @@ falls. (A masked W soon stands still; its score goes on learning.) Plain gradien
 constant learning rate lr_S would make S = -lr_S times the sum over steps of dL/dW' * W. AdamW
 divides each step of a score by the recent size of its own gradients. So S tells how steadily a
 weight was pushed away from 0, and not how far.
-Can it fail? Yes, if v falls too fast. The loss pushes all weights with the lowest scores towards 0
-at the same time; to remove them at once follows the gradient in one step that is far too long. On
-SST-2, with all else fixed, removing the lowest 1 % doubles the loss; removing 1 % at random does
-not change it. Our run of 1,200 steps to 10 % is at chance when 93 % are kept; then gradients
-vanish, scores stand still, and nothing comes back. A run ten times slower (the paper's is slower
-still) has not fallen at 90 % kept, where we stopped it. Our run with soft_mvp.py's penalty added
+Can it fail? Yes, if v falls too fast. On SST-2, with all else fixed, removing the 1 % of lowest
+scores doubles the loss; 1 % at random hardly changes it. Our reading: the loss pushes all these
+weights towards 0 at the same time, and to remove them at once is one step along the gradient, far
+too long. Our run of 1,200 steps to 10 % is at chance when 93 % are kept; then gradients vanish,
+scores stand still, and hardly a weight comes back. A run ten times slower (the paper's is slower
+still) is not at chance at 90 % kept, where we last looked. Our run with soft_mvp.py's penalty
 holds to the end.
 
 Symbols

@@ -23,8 +23,8 @@ loss plus penalty. A weight's dL/dW' * W changes its sign from batch to batch. W
 beside the penalty, the score sinks at full speed; where it is large, the score sinks slowly. So S
 comes to rank how much a weight matters, not which way it moved. During a run on SST-2 the rank
 correlation of S with the root mean square of dL/dW' * W so far climbs from 0.02 to 0.85. With
-lambda_f = 0 it stays at 0.02, and the run falls to chance as mvp.py's does. Under SGD it stays
-near 0 whatever lambda_f is, and the run falls too (results/README.md).
+lambda_f = 0 it stays at 0.02, and the run falls to chance as mvp.py's does. It also stays near 0
+under SGD, whatever lambda_f is, and those runs fall too (results/README.md).
 
 Symbols
     weight    W          (out, in), one of the six matrices of an encoder layer
