@@ -3,9 +3,9 @@
     python results/sweep.py spike       mgpp.py: plain L2 (--mix 1), and spikes from 1e-12 to 1e-4
     python results/sweep.py exponent    rpp.py: alpha = 1 / (|w|^p + eps) with p the number of the
                                         round, 5 at most, and with p = 1
-Three seeds each. The defaults' own rows, the spike of 1e-10 and p = the round at 10 %, stand in
-embedded.tsv. A finished run (result.json under --runs) is not made again. results/sweep.tsv has a
-row for each run.
+Three seeds each; at 10 % the spike only as it is (1e-10) and L2. The rows of p = the round at 10 %
+stand in embedded.tsv. A finished run (result.json under --runs) is not made again. results/sweep.tsv
+has a row for each run.
 """
 import argparse
 import json
@@ -26,6 +26,7 @@ def runs(question):
         if question == "spike":
             for sparsity in (0.1, 0.03):
                 flags = ["--sparsity", f"{sparsity}", "--seed", f"{seed}"]
+                yield "1e-10", "mgpp.py", flags
                 yield "L2", "mgpp.py", [*flags, "--mix", "1"]
             for spike in ("1e-12", "1e-8", "1e-6", "1e-4"):
                 yield spike, "mgpp.py", [*flags, "--spike", spike]
@@ -56,9 +57,6 @@ def main():
     if args.question == "rpp_with_p_1":
         rpp_with_p_1(rest)
         return
-    rows = []
-    if TSV.exists():
-        rows = [line.split("\t") for line in TSV.read_text().splitlines()[1:]]
     for variant, script, flags in runs(args.question):
         sparsity, seed = flags[1], flags[3]
         out = Path(args.runs) / f"{script[:-3]}-{variant}-{sparsity}-s{seed}"
@@ -76,6 +74,9 @@ def main():
         row = [args.question, variant, sparsity, seed, f"{result['kept']:.5f}",
                f"{metrics['EM']:.2f}", f"{metrics['F1']:.2f}", str(result["args"]["steps"]),
                f"{result['seconds']:.0f}", " ".join(["python", *words, *common_flags])]
+        rows = []
+        if TSV.exists():
+            rows = [line.split("\t") for line in TSV.read_text().splitlines()[1:]]
         rows = [old for old in rows if old[:4] != row[:4]] + [row]
         lines = ["\t".join(line) for line in [COLUMNS, *rows]]
         TSV.write_text("\n".join(lines) + "\n")
