@@ -4,8 +4,8 @@
     python results/sweep.py exponent    rpp.py: alpha = 1 / (|w|^p + eps) with p the number of the
                                         round, 5 at most, and with p = 1
 Three seeds each; at 10 % the spike only as it is (1e-10) and L2. The rows of p = the round at 10 %
-stand in embedded.tsv. A finished run (result.json under --runs) is not made again. results/sweep.tsv
-has a row for each run.
+stand in embedded.tsv. A run that has ended (result.json under --runs) or has a row is not made
+again. results/sweep.tsv has a row for each run.
 """
 import argparse
 import json
@@ -48,6 +48,10 @@ def rpp_with_p_1(flags):
     rpp.main(rpp.flags().parse_args(flags))
 
 
+def read():
+    return [line.split("\t") for line in TSV.read_text().splitlines()[1:]]
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -66,6 +70,8 @@ def main():
             words = ["results/sweep.py", script, *flags]
         common_flags = ["--task", "squad", "--preset", "mini", "--device", "cpu"]
         if not (out / "result.json").exists():
+            if [args.question, variant, sparsity, seed] in [row[:4] for row in read()]:
+                continue
             command = [sys.executable, *words, *common_flags, "--out", str(out.resolve())]
             env = os.environ | {"OMP_NUM_THREADS": "1"}
             subprocess.run(command, cwd=ROOT, env=env, check=True)
@@ -74,10 +80,7 @@ def main():
         row = [args.question, variant, sparsity, seed, f"{result['kept']:.5f}",
                f"{metrics['EM']:.2f}", f"{metrics['F1']:.2f}", str(result["args"]["steps"]),
                f"{result['seconds']:.0f}", " ".join(["python", *words, *common_flags])]
-        rows = []
-        if TSV.exists():
-            rows = [line.split("\t") for line in TSV.read_text().splitlines()[1:]]
-        rows = [old for old in rows if old[:4] != row[:4]] + [row]
+        rows = [old for old in read() if old[:4] != row[:4]] + [row]
         lines = ["\t".join(line) for line in [COLUMNS, *rows]]
         TSV.write_text("\n".join(lines) + "\n")
         print(*row[:7])
