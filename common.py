@@ -66,7 +66,7 @@ def dev_names(task):
 
 
 def fetch(url, path, sha256=None):
-    """Download url to path, unless it is there: whole or not at all, with a progress bar."""
+    """Download url to path, unless it is there, with a progress bar; sha256: of the whole file."""
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,9 +90,11 @@ def download(task, data):
     if missing and files.zip:
         archive = data / "glue" / files.zip
         fetch(GLUE_URL + files.zip, archive)
+        if not zipfile.is_zipfile(archive):     # the connection broke: a part was saved
+            archive.unlink()
+            raise SystemExit(f"{archive} was not downloaded whole: start again")
         for path in missing:
-            member = f"{path.parent.name}/{path.name}"
-            zipfile.ZipFile(archive).extract(member, archive.parent)
+            zipfile.ZipFile(archive).extract(f"{path.parent.name}/{path.name}", archive.parent)
     elif missing and task == "mrpc":
         raise SystemExit(f"{missing[0]} is absent, and MRPC has no such file to download: "
                          "make it with GLUE's own script from Microsoft's paraphrase corpus")
@@ -156,13 +158,13 @@ def read_squad(path):
                 for qa in paragraph["qas"]:
                     answers = [(a["text"], int(a["answer_start"])) for a in qa["answers"]]
                     rows.append((qa["id"], qa["question"].strip(), paragraph["context"], answers))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SystemExit(f"{path} is not in SQuAD 1.1's format ({error!r}): "
                          "put the official file there") from None
     if not rows:
         raise SystemExit(f"{path} holds no question: put the official file there")
     for name, _, context, answers in rows:
-        found = [context[start:start + len(text)] == text for text, start in answers]
+        found = [text.strip() and context.find(text, start) == start for text, start in answers]
         if not answers or not all(found):
             raise SystemExit(f"{path}: question {name}: the context does not hold its answer at "
                              "answer_start: correct the file")
@@ -236,10 +238,7 @@ def best_spans(starts, ends, features, longest=30):
     spans = []
     for feature, score, place in zip(features, best.tolist(), places.tolist()):
         first, last = divmod(place, width)
-        if score == -math.inf:                  # a window without context
-            spans.append((score, 0, 0))
-        else:
-            spans.append((score, feature["spans"][first][0], feature["spans"][last][1]))
+        spans.append((score, feature["spans"][first][0], feature["spans"][last][1]))
     return spans
 
 

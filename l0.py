@@ -301,9 +301,9 @@ def main(args):
     state = {}                                          # what the method keeps in a checkpoint
 
     # <method: setup>
-    # no mask and no score if V = 1: dense fine-tuning
-    prunes = args.sparsity < 1 or args.penalty
-    gated = [Gated(layer.weight) for layer in layers.values() if prunes]
+    gated = []                                          # none if V = 1: dense fine-tuning
+    if args.sparsity < 1 or args.penalty:
+        gated = [Gated(layer.weight) for layer in layers.values()]
     for layer, m in zip(layers.values(), gated):
         parametrize.register_parametrization(layer, "weight", m)
     scores = [m.scores for m in gated]                                 # S: (out, in) each
@@ -426,8 +426,9 @@ def main(args):
         goal = None
     elif gated:
         print(f"{close_gap(scores, goal):+d} gates were moved across the threshold")
-    for layer, _ in zip(layers.values(), gated):                    # none if V = 1
-        parametrize.remove_parametrizations(layer, "weight")
+    if gated:
+        for layer in layers.values():
+            parametrize.remove_parametrizations(layer, "weight")
     # </method>
 
     # ---- save; what is counted and evaluated is what the folder holds

@@ -314,8 +314,9 @@ def main(args):
     state = {}                                          # what the method keeps in a checkpoint
 
     # <method: setup>
-    # no mask and no score if V = 1: dense fine-tuning
-    masked = [Masked(layer.weight) for layer in layers.values() if args.sparsity < 1]
+    masked = []                                         # none if V = 1: dense fine-tuning
+    if args.sparsity < 1:
+        masked = [Masked(layer.weight) for layer in layers.values()]
     for layer, m in zip(layers.values(), masked):
         parametrize.register_parametrization(layer, "weight", m)
     scores = [m.scores for m in masked]                                 # S: (out, in) each
@@ -417,8 +418,9 @@ def main(args):
     # Masks for v_f itself; then W * M, zeros included, becomes the weight of a plain nn.Linear.
     goal = args.sparsity
     update_masks(masked, scores, goal, args.scope)
-    for layer, _ in zip(layers.values(), masked):                    # none if V = 1
-        parametrize.remove_parametrizations(layer, "weight")
+    if masked:
+        for layer in layers.values():
+            parametrize.remove_parametrizations(layer, "weight")
     # </method>
 
     # ---- save; what is counted and evaluated is what the folder holds

@@ -214,9 +214,10 @@ def read_corpus(path, tokenizer):
     documents = []
     for text in re.split(r"\n\s*\n", common.read_text(path)):
         lines = [line.strip() for line in text.split("\n") if line.strip()]
-        if lines:
-            encoded = tokenizer(lines, add_special_tokens=False)["input_ids"]
-            documents.append([ids for ids in encoded if ids])
+        encoded = tokenizer(lines, add_special_tokens=False)["input_ids"]
+        document = [ids for ids in encoded if ids]      # of control characters nothing is left
+        if document:
+            documents.append(document)
     if len(documents) < 4:
         raise SystemExit(f"{path} has {len(documents)} documents: give four at least, a blank line "
                          "between them")
@@ -238,7 +239,7 @@ def draw_pair(documents, length, rng):
     a = sum(document[first:second], [])
     swapped = second >= len(document) or rng.random() < 0.5
     if swapped:
-        other = home + int(rng.integers(1, max(2, len(documents))))
+        other = home + int(rng.integers(1, len(documents)))
         document = documents[other % len(documents)]
         second = int(rng.integers(len(document)))
     b = sum(document[second:second + length // 8], [])
@@ -406,8 +407,8 @@ def main(args):
             found, info = BertForPreTraining.from_pretrained(folder, output_loading_info=True)
             lacking = info["missing_keys"]
         except Exception as error:
-            raise SystemExit(f"--support {folder} cannot be loaded ({error}): give the folder of a "
-                             "pruned BERT, or of a run of rpp.py") from None
+            raise SystemExit(f"--support {folder} cannot be loaded ({str(error).splitlines()[0]}): "
+                             "give the folder of a pruned BERT, or of a run of rpp.py") from None
         shapes = []
         for bert in (found.bert, model.bert):
             shapes.append([p.shape for key, p in bert.named_parameters() if "pooler" not in key])

@@ -16,7 +16,8 @@ whatever value lets round(v N) of all N scores pass (so S itself is ranked; of e
 first pass), and lambda = lambda_f r with a constant lambda_f.
 Each matrix has a floor, so that none is emptied: it keeps at least its highest int(0.005 n) + 1 of
 n scores, or round(v n), but at least 1, where that is less. Floors are taken first; the highest of
-all other scores fill up round(v N). With --penalty the floor is always int(0.005 n) + 1.
+all other scores fill up round(v N). (If v is below 0.5 %, rounding can make the floors a few too
+many; the last matrices then get fewer.) With --penalty the floor is always int(0.005 n) + 1.
 Why a penalty, if tau is solved for? It pushes all scores of a matrix about equally, and that alone
 would reorder nothing. But Adam divides each step of a score by the recent size of its gradient,
 loss plus penalty. A weight's dL/dW' * W changes its sign from batch to batch. Where it is small
@@ -319,9 +320,9 @@ def main(args):
     state = {}                                          # what the method keeps in a checkpoint
 
     # <method: setup>
-    # no mask and no score if V = 1: dense fine-tuning
-    prunes = args.sparsity < 1 or args.penalty
-    masked = [Masked(layer.weight) for layer in layers.values() if prunes]
+    masked = []                                         # none if V = 1: dense fine-tuning
+    if args.sparsity < 1 or args.penalty:
+        masked = [Masked(layer.weight) for layer in layers.values()]
     for layer, m in zip(layers.values(), masked):
         parametrize.register_parametrization(layer, "weight", m)
     scores = [m.scores for m in masked]                                 # S: (out, in) each
@@ -377,7 +378,7 @@ def main(args):
         if args.penalty:
             update_masks_open(masked, scores, 0.1 * ramp)               # tau rises to 0.1
             v = None                                                    # an outcome, not a goal
-        elif v < 1:
+        elif masked:
             update_masks(masked, scores, v)
         # </method>
 
@@ -435,8 +436,9 @@ def main(args):
         update_masks_open(masked, scores, 0.1)
     elif masked:
         update_masks(masked, scores, goal)
-    for layer, _ in zip(layers.values(), masked):                    # none if V = 1
-        parametrize.remove_parametrizations(layer, "weight")
+    if masked:
+        for layer in layers.values():
+            parametrize.remove_parametrizations(layer, "weight")
     # </method>
 
     # ---- save; what is counted and evaluated is what the folder holds

@@ -306,7 +306,7 @@ def main(args):
 
     # ---- data and model
     tokenizer, model = load(args.model)
-    model = model.to(args.device).train()
+    model = model.to(args.device, torch.float32).train()
     collate = DataCollatorForSeq2Seq(tokenizer, model=model)
     train = read_tsv(args.data / "train.tsv")
     dev = read_tsv(args.data / "dev.tsv")
@@ -332,8 +332,9 @@ def main(args):
         n = len(data.train)                                     # training examples
     if args.method == "soft_mvp":
         # ---- copied from soft_mvp.py: <method: setup>
-        # no mask and no score if V = 1: dense fine-tuning
-        masked = [Masked(layer.weight) for layer in layers.values() if args.sparsity < 1]
+        masked = []                                         # none if V = 1: dense fine-tuning
+        if args.sparsity < 1:
+            masked = [Masked(layer.weight) for layer in layers.values()]
         for layer, m in zip(layers.values(), masked):
             parametrize.register_parametrization(layer, "weight", m)
         scores = [m.scores for m in masked]                                 # S: (out, in) each
@@ -360,12 +361,12 @@ def main(args):
             # 0 until t_i T, then up to 1
             ramp = 1 - schedule(step, args.steps, 0.0, args.t_i, args.t_f)
             v = 1 - (1 - args.sparsity) * ramp
-            if v < 1:
+            if masked:
                 update_masks(masked, scores, v)
 
-        batch = collate(random.sample(data.train, args.batch_size))
+        batch = collate(random.sample(data.train, min(args.batch_size, len(data.train))))
         loss = model(**batch.to(args.device)).loss
-        penalty = torch.tensor(0.0)
+        penalty = 0.0
         if args.method == "soft_mvp":
             # ---- copied from soft_mvp.py: <method: penalty>
             penalty = torch.tensor(0.0)
@@ -405,8 +406,7 @@ def main(args):
 
     if args.method == "mgpp":
         # ---- copied from mgpp.py: <method: bake>
-        # The zeros are in the weights already; this zeroing is for runs too short to have
-        # had a last.
+        # The zeros are in the weights already; in a short run the last zeroing left a few too many.
         goal = args.sparsity
         zero_smallest(weights, goal)
     if args.method == "soft_mvp":
@@ -415,8 +415,9 @@ def main(args):
         goal = args.sparsity
         if masked:
             update_masks(masked, scores, goal)
-        for layer, _ in zip(layers.values(), masked):
-            parametrize.remove_parametrizations(layer, "weight")
+        if masked:
+            for layer in layers.values():
+                parametrize.remove_parametrizations(layer, "weight")
 
     # ---- save, reload, count the zeros, evaluate
     model.save_pretrained(out)

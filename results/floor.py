@@ -195,10 +195,7 @@ def main():
     if args.data.resolve() == common.MINI:
         world = "embedded"
         shown = "mini"
-    rows = []
-    if TSV.exists():
-        lines = TSV.read_text().split("\n")[1:-1]
-        rows = [line.split("\t") for line in lines if not line.startswith(world)]
+    rows = [line.split("\t") for line in TSV.read_text().split("\n")[1:-1]]
     for task, files in common.TASKS.items():
         if task == "squad" and (args.data / task).exists():
             scores = squad(args.data)
@@ -206,6 +203,7 @@ def main():
             scores = classification(task, args.data)
         else:
             continue
+        rows = [row for row in rows if row[:2] != [world, task]]
         for guesser, metrics in scores.items():
             text = " ".join(f"{name} {value:.2f}" for name, value in metrics.items())
             command = f"python results/floor.py --data {shown}"

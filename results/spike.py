@@ -21,7 +21,8 @@ import mgpp  # noqa: E402
 
 TSV = ROOT / "results" / "spike.tsv"
 COLUMNS = ["kept", "thrown", "still", "back", "inside", "scores", "command"]
-zero_smallest, lr_factor = mgpp.zero_smallest, mgpp.lr_factor
+zero_smallest = mgpp.zero_smallest
+lr_factor = mgpp.lr_factor
 before = []
 rows = []
 factor = 1.0
@@ -53,7 +54,8 @@ def measured(weights, v):
 
 if __name__ == "__main__":
     args = mgpp.flags().parse_args(sys.argv[1:])
-    hyper = mgpp.HYPER[args.preset]["*"]
+    args.out = args.out or "out/spike"
+    hyper = mgpp.HYPER[args.preset]["*"] | mgpp.HYPER[args.preset].get(args.task, {})
     LR = args.lr or hyper["lr"]
     SPIKE = args.spike or hyper["spike"]
     mgpp.zero_smallest = measured

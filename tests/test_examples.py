@@ -22,8 +22,7 @@ EXAMPLE = ROOT / "examples" / "generate.py"
 BANNER = re.compile(r"(?m)^ *# ---- (?:copied from (\w+)\.py: <method: ([^>]*)>)?.*$")
 # What the example leaves out of soft_mvp.py's slots: the open loop, which needs --penalty.
 LEFT_OUT = [
-    ("prunes = args.sparsity < 1 or args.penalty masked", "masked"),
-    ("values() if prunes", "values() if args.sparsity < 1"),
+    ("args.sparsity < 1 or args.penalty", "args.sparsity < 1"),
     ("if args.penalty: update_masks_open(masked, scores, 0.1 * ramp) v = None elif", "if"),
     ("(args.penalty or args.lambda_f)", "args.lambda_f"),
     ("if args.penalty: goal = None update_masks_open(masked, scores, 0.1) elif", "if"),
@@ -93,6 +92,17 @@ def test_slots_are_the_scripts_own():
     assert {slot for _, slot in missing} == {"imports", "hyper-parameters", "flags", "definitions",
                                              "penalty"}
     assert ("soft_mvp", "penalty") in found
+
+
+@pytest.mark.parametrize("name, scripts", [
+    ("lr_factor", METHODS), ("task_loss", METHODS),
+    ("schedule", ["magnitude", "mvp", "soft_mvp", "l0"]),
+    ("kth_largest", ["magnitude", "mvp", "soft_mvp", "mgpp"]),
+    ("top_v", ["magnitude", "mvp", "soft_mvp", "mgpp"]),
+    ("floor", ["magnitude", "mvp", "soft_mvp"]),
+    ("StraightThrough", ["mvp", "soft_mvp"]), ("Masked", ["mvp", "soft_mvp"])])
+def test_definition_is_the_same_in_all(name, scripts):
+    assert len({definitions(slots(script)["definitions"])[name] for script in scripts}) == 1
 
 
 def test_constants_are_the_scripts_own():

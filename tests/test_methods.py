@@ -34,17 +34,19 @@ class Answer(dict):
 @pytest.mark.parametrize("method", METHODS)
 def test_distillation_by_hand(method):
     task_loss = importlib.import_module(method).task_loss
-    start, end = np.array([[1.0, 3.0]]), np.array([[0.0, 0.5]])
-    taught_start, taught_end = np.array([[2.0, 0.0]]), np.array([[1.0, 1.0]])
+    start = np.array([[1.0, 3.0], [0.5, 0.0]])          # (batch, tokens)
+    end = np.array([[0.0, 0.5], [2.0, 1.0]])
+    taught_start = np.array([[2.0, 0.0], [0.0, 3.0]])
+    taught_end = np.array([[1.0, 1.0], [1.0, 0.0]])
 
     def answer(a, b):
         return Answer(loss=torch.tensor(0.7), start_logits=torch.tensor(a),
                       end_logits=torch.tensor(b))
 
     def kl(student, teacher):
-        p = np.exp(teacher / 2) / np.exp(teacher / 2).sum()
-        q = np.exp(student / 2) / np.exp(student / 2).sum()
-        return (p * np.log(p / q)).sum()
+        p = np.exp(teacher / 2) / np.exp(teacher / 2).sum(axis=1, keepdims=True)
+        q = np.exp(student / 2) / np.exp(student / 2).sum(axis=1, keepdims=True)
+        return (p * np.log(p / q)).sum(axis=1).mean()
 
     expected = 0.1 * 0.7 + 0.9 * 4 * (kl(start, taught_start) + kl(end, taught_end)) / 2
     loss = task_loss(lambda: answer(start, end), {}, lambda: answer(taught_start, taught_end))
@@ -216,6 +218,9 @@ def test_expected_l0_is_the_frequency_of_open_gates():
         frequency = (z > 0).float().mean()
         expected = float(l0.expected_l0([torch.tensor([score])]))
         assert expected == pytest.approx(float(frequency), abs=5e-3)
+    pair = [torch.zeros(2), torch.full((6,), -5.0)]     # a mean over matrices, not over weights
+    separate = [float(l0.expected_l0([scores])) for scores in pair]
+    assert float(l0.expected_l0(pair)) == pytest.approx(sum(separate) / 2)
 
 
 def test_gate_gradient_by_finite_differences():
@@ -328,7 +333,7 @@ def test_mlm_nsp_batch():
 def test_read_corpus(tmp_path):
     tokenizer = common.load_tokenizer(str(ROOT / "mini" / "bert"))
     path = tmp_path / "corpus.txt"
-    path.write_text("he stole\n\na drum\na chair\n \nhe\n\n\nhe read\n")
+    path.write_text("he stole\n\na drum\na chair\n \nhe\n\n\u200b\n\nhe read\n", encoding="utf-8")
     documents = rpp.read_corpus(path, tokenizer)
     assert [len(document) for document in documents] == [1, 2, 1, 1]
     path.write_text("one document\n")
