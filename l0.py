@@ -41,7 +41,7 @@ inside its interval, as theirs; the movement code clamps it. Ours: the steering,
 
 Run (measured results: results/README.md)
     python l0.py --task squad --sparsity 0.03          mini/'s small BERT, two minutes on a CPU
-    python l0.py --penalty 300 | --preset paper        the paper's way | BERT-base, on a GPU
+    python l0.py --penalty 300                         the paper's way; --preset paper: BERT-base
 Last line: RESULT l0 squad keeps 3.00% (prunes 97.00%) EM .. F1 .. | ..
 """
 import argparse
@@ -445,8 +445,8 @@ def main(args):
     for name, share in kept_per_layer.items():
         print(f"{name:50s} kept {share:7.2%} {'#' * round(40 * share)}")
     total = time.time() - started
-    scores = " ".join(f"{name} {value:.1f}" for name, value in metrics.items())
-    line = (f"RESULT {method} {args.task} keeps {kept:.2%} (prunes {1 - kept:.2%}) {scores} | "
+    shown = " ".join(f"{name} {value:.1f}" for name, value in metrics.items())
+    line = (f"RESULT {method} {args.task} keeps {kept:.2%} (prunes {1 - kept:.2%}) {shown} | "
             f"{args.steps} steps {total:.0f} s seed {args.seed} | {out}")
     # missed: by more than 0.1 points, or 5 % of a small goal
     missed = goal is not None and abs(kept - goal) > min(0.001, 0.05 * goal)

@@ -39,7 +39,7 @@ weights learn.
 
 Run (measured results: results/README.md)
     python magnitude.py --task squad --sparsity 0.1    mini/'s small BERT, two minutes on a CPU
-    python magnitude.py --sparsity 1 | --preset paper  dense | BERT-base, on a GPU
+    python magnitude.py --sparsity 1                   dense; --preset paper: BERT-base
 Last line: RESULT magnitude squad keeps 10.00% (prunes 90.00%) EM .. F1 .. | ..
 """
 import argparse
@@ -410,8 +410,8 @@ def main(args):
     for name, share in kept_per_layer.items():
         print(f"{name:50s} kept {share:7.2%} {'#' * round(40 * share)}")
     total = time.time() - started
-    scores = " ".join(f"{name} {value:.1f}" for name, value in metrics.items())
-    line = (f"RESULT {method} {args.task} keeps {kept:.2%} (prunes {1 - kept:.2%}) {scores} | "
+    shown = " ".join(f"{name} {value:.1f}" for name, value in metrics.items())
+    line = (f"RESULT {method} {args.task} keeps {kept:.2%} (prunes {1 - kept:.2%}) {shown} | "
             f"{args.steps} steps {total:.0f} s seed {args.seed} | {out}")
     # missed: by more than 0.1 points, or 5 % of a small goal
     missed = goal is not None and abs(kept - goal) > min(0.001, 0.05 * goal)

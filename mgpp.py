@@ -11,22 +11,25 @@ thin spike at 0 and a wide slab. Training looks for the weights most probable un
     c2    = 1 / (2 s0) - 1 / (2 s1)
     -grad log pi(w) = w (g / s0 + (1 - g) / s1)            strong where |w| < 5e-5 or so, else weak
     gradient = dL/dW - (1 / n) grad log pi(W)              both parts go into AdamW's moments
-L is a mean over the n training examples; so the prior, which counts once, is divided by n. lam is
-0.1 up to step t_i T, then falls linearly to 1e-4 at T - t_f T.
+The posterior adds the losses of n training examples and one prior. L is the mean of these losses,
+so the prior is divided by n too. lam is 0.1 up to step t_i T, then falls linearly to 1e-4 at
+T - t_f T.
 When are weights zeroed? After t steps: first t = t_i T (rounded up), last t = T - t_f T (rounded),
 and between them each t that `interval` divides. The smallest |w| of all matrices together become
 0, so that round(v N) of all N weights remain:
     v = v_f + (v_i - v_f) (1 - (t - t_i T) / (T - t_i T - t_f T))^3      v_i = 0.7, or v_f if larger
-Before the last zeroing no zero is held. One step after a zeroing nearly every weight differs from
-0 again (a log line in between says: kept 100 %, no goal); but only weights that the loss pulls on
-leave the spike. At the last zeroing the prior stops; from then on zeros are put back each step.
-Why is the prior called consistent? As n grows, the most probable weights should be 0 just where
-those of the best sparse network are. If a weight matters, leaving 0 raises the log likelihood in
-proportion to n, and the slab's pull, w / (n s1), fades. If not, leaving the spike only costs. This
-is said of the posterior as n grows, not of where AdamW stops.
+Until the last zeroing a zeroed weight is free to move. One step later nearly all differ from 0
+again, so the log says: kept 100 %, no goal. But the next threshold comes before they have grown
+past it: in our run none came back. At the last zeroing the prior stops, and zeros are held.
+Does the spike hold weights at 0? Its standard deviation is 1e-5. With the mini preset's lr, 5e-4, a
+weight steps over it, or lands in it and gets so large a gradient that AdamW throws it many learning
+rates away. Late in the run, at a small lr, the spike holds. Against plain L2 (--mix 1) MGPP_DOC
+The paper's lr is ten times smaller.
+The paper proves the prior consistent: for large n the most probable weights are 0 just where those
+of the best sparse network are. AdamW may stop elsewhere.
 
 Symbols
-    weight      W               (out, in), one of the six matrices of an encoder layer
+    weight      W               (out, in), one of the six matrices of an encoder layer; N of all
     n           n               training examples; for SQuAD windows of text
     lam         lambda          weight of the slab; --mix fixes it; --mix 1 is plain L2 (g = 0)
     spike, slab s0, s1          the paper's sigma_0^2 and sigma_1^2: 1e-10 and 0.05
@@ -36,12 +39,12 @@ Unlike magnitude.py: zeros are written into the weights now and then, instead of
 step; all matrices are ranked together; the prior's gradient is added; no gradient is clipped.
 Differs from the author's code: exactly round(v N) remain; embeddings are frozen. --preset paper
 has the author's AdamW, text lengths and schedules (on SQuAD v_i = 0.5); the mini preset shares its
-schedules with the other scripts. The author's code has also had --mix 1e-7 --spike 1e-12 (Dec 2023)
-and --mix 1e-3 (Oct 2024). Which one made the paper's tables is not known.
+schedules with the other scripts. In the author's code lambda has also been 1e-7, with sigma_0^2 at
+1e-12 (Dec 2023), and 1e-3 (Oct 2024). Which one made the paper's tables is not known.
 
 Run (measured results: results/README.md)
     python mgpp.py --task squad --sparsity 0.1         mini/'s small BERT, two minutes on a CPU
-    python mgpp.py --mix 1 | --preset paper            plain L2 | BERT-base, on a GPU
+    python mgpp.py --mix 1                             plain L2; --preset paper: BERT-base
 Last line: RESULT mgpp squad keeps 10.00% (prunes 90.00%) EM .. F1 .. | ..
 """
 import argparse
@@ -441,8 +444,8 @@ def main(args):
     for name, share in kept_per_layer.items():
         print(f"{name:50s} kept {share:7.2%} {'#' * round(40 * share)}")
     total = time.time() - started
-    scores = " ".join(f"{name} {value:.1f}" for name, value in metrics.items())
-    line = (f"RESULT {method} {args.task} keeps {kept:.2%} (prunes {1 - kept:.2%}) {scores} | "
+    shown = " ".join(f"{name} {value:.1f}" for name, value in metrics.items())
+    line = (f"RESULT {method} {args.task} keeps {kept:.2%} (prunes {1 - kept:.2%}) {shown} | "
             f"{args.steps} steps {total:.0f} s seed {args.seed} | {out}")
     # missed: by more than 0.1 points, or 5 % of a small goal
     missed = goal is not None and abs(kept - goal) > min(0.001, 0.05 * goal)

@@ -40,7 +40,7 @@ names. Left out: other starts of the scores, and scores that blocks of weights s
 
 Run (measured results: results/README.md)
     python soft_mvp.py --task squad --sparsity 0.03    mini/'s small BERT, two minutes on a CPU
-    python soft_mvp.py --penalty 500 | --preset paper  the paper's way | BERT-base, on a GPU
+    python soft_mvp.py --penalty 500                   the paper's way; --preset paper: BERT-base
 Last line: RESULT soft_mvp squad keeps 3.00% (prunes 97.00%) EM .. F1 .. | ..
 """
 import argparse
@@ -455,8 +455,8 @@ def main(args):
     for name, share in kept_per_layer.items():
         print(f"{name:50s} kept {share:7.2%} {'#' * round(40 * share)}")
     total = time.time() - started
-    scores = " ".join(f"{name} {value:.1f}" for name, value in metrics.items())
-    line = (f"RESULT {method} {args.task} keeps {kept:.2%} (prunes {1 - kept:.2%}) {scores} | "
+    shown = " ".join(f"{name} {value:.1f}" for name, value in metrics.items())
+    line = (f"RESULT {method} {args.task} keeps {kept:.2%} (prunes {1 - kept:.2%}) {shown} | "
             f"{args.steps} steps {total:.0f} s seed {args.seed} | {out}")
     # missed: by more than 0.1 points, or 5 % of a small goal
     missed = goal is not None and abs(kept - goal) > min(0.001, 0.05 * goal)

@@ -29,6 +29,7 @@ def runs(question):
                 yield "1e-10", "mgpp.py", flags
                 yield "L2", "mgpp.py", [*flags, "--mix", "1"]
             for spike in ("1e-12", "1e-8", "1e-6", "1e-4"):
+                flags = ["--sparsity", "0.03", "--seed", f"{seed}"]
                 yield spike, "mgpp.py", [*flags, "--spike", spike]
         else:
             for sparsity in (0.1, 0.4):
@@ -80,7 +81,7 @@ def main():
         row = [args.question, variant, sparsity, seed, f"{result['kept']:.5f}",
                f"{metrics['EM']:.2f}", f"{metrics['F1']:.2f}", str(result["args"]["steps"]),
                f"{result['seconds']:.0f}", " ".join(["python", *words, *common_flags])]
-        rows = [old for old in read() if old[:4] != row[:4]] + [row]
+        rows = sorted([old for old in read() if old[:4] != row[:4]] + [row])
         lines = ["\t".join(line) for line in [COLUMNS, *rows]]
         TSV.write_text("\n".join(lines) + "\n")
         print(*row[:7])

@@ -1,4 +1,4 @@
-"""README's commands run as they stand, and its figures are those of results/*.tsv."""
+"""README's commands fit the scripts' command lines, and its figures are those of results/*.tsv."""
 import importlib
 import re
 import shlex
@@ -6,6 +6,7 @@ import shlex
 import numpy as np
 import pytest
 from conftest import METHODS, ROOT
+from test_examples import load_example
 from test_frame import changed_lines
 
 README = (ROOT / "README.md").read_text()
@@ -21,12 +22,11 @@ def commands():
 
 @pytest.mark.parametrize("command", commands())
 def test_command_parses(command):
-    words = [word for word in shlex.split(command)]
+    words = shlex.split(command)
     script = next(word for word in words if word.endswith(".py"))
     assert (ROOT / script).exists()
-    if "/" not in script:
-        flags = words[words.index(script) + 1:]
-        importlib.import_module(script[:-3]).flags().parse_args(flags)
+    module = load_example() if "/" in script else importlib.import_module(script[:-3])
+    module.flags().parse_args(words[words.index(script) + 1:])
 
 
 def test_there_are_commands():
@@ -73,6 +73,28 @@ def test_tables_of_results(name):
                 checked += 1
     assert checked == len({(row[0], row[1], row[2]) for row in rows(name)
                            if row[1] != "cola"})
+
+
+@pytest.mark.parametrize("question, heading", [("spike", "What MGPP's spike is worth"),
+                                               ("exponent", "RPP's exponent")])
+def test_tables_of_sweeps(question, heading):
+    """Each cell lists the F1 of the seeds."""
+    table = RESULTS.split(f"## {heading}")[1].split("\n\n| kept |")[1].split("\n\n")[0]
+    names = [name.strip() for name in table.split("\n")[0].split("|")[:-1]]
+    checked = 0
+    for line in table.split("\n")[2:]:
+        kept, *cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        v = float(kept.split()[0]) / 100
+        for name, cell in zip(names, cells):
+            seeds = [row[6] for row in rows("sweep.tsv")
+                     if row[:2] == [question, name] and float(row[2]) == v]
+            if name == "magnitude" or (name == "p=round" and v == 0.1):
+                column = "rpp" if name == "p=round" else name
+                seeds = [row[5].split()[3] for row in rows("embedded.tsv")
+                         if row[:2] == [column, "squad"] and float(row[2]) == v]
+            assert cell == ", ".join(f"{float(seed):.1f}" for seed in seeds), (name, kept)
+            checked += len(seeds)
+    assert checked > 3
 
 
 @pytest.mark.parametrize("method", METHODS)
