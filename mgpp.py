@@ -11,9 +11,8 @@ thin spike at 0 and a wide slab. Training looks for the weights most probable un
     c2    = 1 / (2 s0) - 1 / (2 s1)
     -grad log pi(w) = w (g / s0 + (1 - g) / s1)            strong where |w| < 5e-5 or so, else weak
     gradient = dL/dW - (1 / n) grad log pi(W)              both parts go into AdamW's moments
-The posterior adds the losses of n training examples and one prior. L is the mean of these losses,
-so the prior is divided by n too. lam is 0.1 up to step t_i T, then falls linearly to 1e-4 at
-T - t_f T.
+The posterior adds the losses of n training examples and one prior; L is the mean of these losses,
+so the prior is divided by n too. lam falls linearly from 0.1 (to t_i T) to 1e-4 (at T - t_f T).
 When are weights zeroed? After t steps: first t = t_i T (rounded up), last t = T - t_f T (rounded),
 and between them each t that `interval` divides. The smallest |w| of all matrices together become
 0, so that round(v N) of all N weights remain:
@@ -21,12 +20,10 @@ and between them each t that `interval` divides. The smallest |w| of all matrice
 Until the last zeroing a zeroed weight is free to move. One step later nearly all differ from 0
 again, so the log says: kept 100 %, no goal. But the next threshold comes before they have grown
 past it: in our run none came back. At the last zeroing the prior stops, and zeros are held.
-Does the spike hold weights at 0? Its standard deviation is 1e-5. With the mini preset's lr, 5e-4, a
-weight steps over it, or lands in it and gets so large a gradient that AdamW throws it many learning
-rates away. Late in the run, at a small lr, the spike holds. Against plain L2 (--mix 1) MGPP_DOC
-The paper's lr is ten times smaller.
-The paper proves the prior consistent: for large n the most probable weights are 0 just where those
-of the best sparse network are. AdamW may stop elsewhere.
+Does the spike hold weights at 0? With the mini preset's lr a step of AdamW is 50 times as wide as
+the spike. A weight that lands in it gets so large a gradient that AdamW throws it far away. Only
+late, at a small lr, it holds. MGPP_DOC The paper's lr is ten times smaller.
+The paper proves the prior consistent; that is said of the posterior for large n, not of AdamW.
 
 Symbols
     weight      W               (out, in), one of the six matrices of an encoder layer; N of all
