@@ -97,6 +97,15 @@ def test_tables_of_sweeps(question, heading):
     assert checked > 3
 
 
+def test_table_of_generation():
+    section = RESULTS.split("## Text generation")[1].split("\n## ")[0]
+    measured = [row for row in rows("generate.tsv") if row[2] == "0"]
+    for method, sparsity, _, _, scores, *_ in measured:
+        name = method if method == "dense" else f"{method}, {100 * float(sparsity):g} %"
+        assert f"| {name} | {' | '.join(scores.split()[1::2])} |" in section
+    assert len(measured) > 9
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_front_table(method):
     line = next(line for line in README.split("\n") if line.startswith(f"| `{method}.py`"))
