@@ -407,8 +407,9 @@ def main(args):
             found, info = BertForPreTraining.from_pretrained(folder, output_loading_info=True)
             lacking = info["missing_keys"]
         except Exception as error:
-            raise SystemExit(f"--support {folder} cannot be loaded ({str(error).splitlines()[0]}): "
-                             "give the folder of a pruned BERT, or of a run of rpp.py") from None
+            raise SystemExit(f"--support {folder} cannot be loaded "
+                             f"({str(error).strip().splitlines()[0]}): give the folder of a "
+                             "pruned BERT, or of a run of rpp.py") from None
         shapes = []
         for bert in (found.bert, model.bert):
             shapes.append([p.shape for key, p in bert.named_parameters() if "pooler" not in key])

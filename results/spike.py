@@ -23,9 +23,9 @@ TSV = ROOT / "results" / "spike.tsv"
 COLUMNS = ["kept", "thrown", "still", "back", "inside", "scores", "command"]
 zero_smallest = mgpp.zero_smallest
 lr_factor = mgpp.lr_factor
-before = []
 rows = []
-factor = 1.0
+previous = None                         # all weights after the previous zeroing, (N,)
+factor = 1.0                            # the learning rate, as a fraction of its peak
 
 
 def remember(*numbers):
@@ -40,16 +40,17 @@ def percent(condition):
 
 @torch.no_grad()
 def measured(weights, v):
+    global previous
     now = torch.cat([w.flatten() for w in weights])                 # (N,)
     zero_smallest(weights, v)
     after = torch.cat([w.flatten() for w in weights])
-    if before:
-        moved = (now - before[-1]).abs() / (LR * factor)
-        back = before[-1][after != 0] == 0
+    if previous is not None:
+        moved = (now - previous).abs() / (LR * factor)
+        back = previous[after != 0] == 0
         inside = now.abs() < 6 * SPIKE ** 0.5
         shares = [percent(x) for x in (moved > 10, moved < 0.01, back, inside)]
         rows.append([f"{100 * v:.1f}", *(f"{share:.2f}" for share in shares)])
-    before[:] = [after]
+    previous = after
 
 
 if __name__ == "__main__":

@@ -231,6 +231,9 @@ def main():
     experiment, variant = options.name.split(":")
     out = ROOT / "out" / f"why-{experiment}-{variant}"
     args = module.flags().parse_args([*options.rest, "--out", str(out)])
+    if args.steps is None:                      # not typed: the preset's
+        preset = module.HYPER[args.preset]
+        args.steps = (preset["*"] | preset.get(args.task, {}))["steps"]
     watch = Watch(module, options, args)
     patch(module, watch)
     metrics = ""

@@ -9,6 +9,7 @@ import re
 import sys
 import textwrap
 import tokenize
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -134,15 +135,28 @@ def test_score():
 
 # ---- a short run
 
-@pytest.mark.parametrize("method", ["mgpp", "soft_mvp"])
-def test_example_prunes(method, tmp_path):
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """{method: (its folder, its process)}"""
+    folder = tmp_path_factory.mktemp("generate")
     for name, count in (("train", 40), ("dev", 3)):
         lines = (ROOT / "mini" / "generate" / f"{name}.tsv").read_text().split("\n")
-        (tmp_path / f"{name}.tsv").write_text("\n".join(lines[:count]) + "\n")
-    out = tmp_path / "out"
-    process = start([sys.executable, EXAMPLE, "--method", method, "--sparsity", "0.1",
-                     "--steps", "8", "--batch_size", "4", "--data", tmp_path, "--out", out,
-                     "--max_new_tokens", "4", "--device", "cpu"])
+        (folder / f"{name}.tsv").write_text("\n".join(lines[:count]) + "\n")
+
+    def whole_run(method):
+        out = folder / method
+        return out, start([sys.executable, EXAMPLE, "--method", method, "--sparsity", "0.1",
+                           "--steps", "8", "--batch_size", "4", "--data", folder, "--out", out,
+                           "--max_new_tokens", "4", "--device", "cpu"])
+
+    methods = ["mgpp", "soft_mvp"]
+    with ThreadPoolExecutor(2) as two_cores:
+        return dict(zip(methods, two_cores.map(whole_run, methods)))
+
+
+@pytest.mark.parametrize("method", ["mgpp", "soft_mvp"])
+def test_example_prunes(ended, method):
+    out, process = ended[method]
     assert process.returncode == 0, process.stderr
     assert f"RESULT {method} generate keeps 10.00% (prunes 90.00%) EM" in process.stdout
     example = load_example()
