@@ -105,9 +105,9 @@ def read_text(path):
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise SystemExit(f"{path} cannot be read as text ({error}): "
-                         "put the file there, or give its folder with --data") from None
+                         "put the file there, or name another with --data or --corpus") from None
     if not text.strip():
-        raise SystemExit(f"{path} is empty: put the data set's own file there")
+        raise SystemExit(f"{path} is empty: put a whole file there")
     return text
 
 

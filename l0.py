@@ -41,7 +41,7 @@ inside its interval, as theirs; the movement code clamps it. Ours: the steering,
 
 Run (measured results: results/README.md)
     python l0.py --task squad --sparsity 0.03          mini/'s small BERT, two minutes on a CPU
-    python l0.py --penalty 300                         the paper's way; --preset paper: BERT-base
+    python l0.py --penalty 300 --out out/open          the open loop; --preset paper: BERT-base
 Last line: RESULT l0 squad keeps 3.00% (prunes 97.00%) EM .. F1 .. | ..
 """
 import argparse

@@ -18,8 +18,8 @@ and between them each t that `interval` divides. The smallest |w| of all matrice
 0, so that round(v N) of all N weights remain:
     v = v_f + (v_i - v_f) (1 - (t - t_i T) / (T - t_i T - t_f T))^3      v_i = 0.7, or v_f if larger
 Until the last zeroing a zeroed weight is free to move. One step later nearly all differ from 0
-again, so the log says: kept 100 %, no goal. But the next threshold comes before they have grown
-past it: in our run none came back. At the last zeroing the prior stops, and zeros are held.
+again (a log line from between says: kept 100 %, no goal), but the next threshold comes before they
+have grown past it: in our run none came back. At the last zeroing the prior stops, and zeros stay.
 Does the spike hold weights at 0? With the mini preset's lr a step of AdamW is 50 times as wide as
 the spike. A weight that lands in it gets so large a gradient that AdamW throws it far away. Only
 late, at a small lr, it holds. On mini/'s questions it costs five points of F1 at 10 % kept and is
@@ -36,8 +36,8 @@ Symbols
 Unlike magnitude.py: zeros are written into the weights now and then, instead of a mask at each
 step; all matrices are ranked together; the prior's gradient is added; no gradient is clipped.
 Differs from the author's code: exactly round(v N) remain; embeddings are frozen. --preset paper has
-the author's AdamW, text lengths and schedules (on SQuAD v_i = 0.5). There lambda has also been 1e-7
-with sigma_0^2 at 1e-12 (Dec 2023), and 1e-3 (Oct 2024). Which made the paper's tables is not known.
+the author's AdamW, text lengths and schedules (on SQuAD and QNLI v_i = 0.5). Theirs also had lambda
+1e-7 with sigma_0^2 at 1e-12 (Dec 2023), and 1e-3 (Oct 2024). Which made the tables is not known.
 
 Run (measured results: results/README.md)
     python mgpp.py --task squad --sparsity 0.1         mini/'s small BERT, two minutes on a CPU
@@ -137,7 +137,7 @@ def flags():
     add("--resume", action="store_true")        # go on from the last checkpoint in --out
     add("--checkpoint_every", type=int, default=500)
     # <method: flags>
-    add("--mix", type=float, help="weight of the slab; default: falls from 0.1 to 1e-4; 1 is L2")
+    add("--mix", type=float, help="weight of the slab, above 0; default: from 0.1 to 1e-4; 1 is L2")
     add("--spike", type=float, help="variance of the spike")
     add("--slab", type=float)                   # variance of the slab
     add("--interval", type=int)                 # steps between two zeroings
@@ -313,7 +313,6 @@ def main(args):
     groups[0] |= args.adam
     first = math.ceil(args.t_i * args.steps)                # steps done at the first zeroing
     last = round((1 - args.t_f) * args.steps)               # and at the last
-    n = len(data.train)                                     # training examples
     # </method>
 
     # ---- the run's folder
@@ -383,7 +382,7 @@ def main(args):
         if pruning:
             for w in weights:
                 prior = prior_gradient(w.detach(), lam, args.spike, args.slab)
-                w.grad.add_(prior, alpha=1 / n)
+                w.grad.add_(prior, alpha=1 / len(data.train))                   # 1 / n
         # </method>
 
         nn.utils.clip_grad_norm_(trained, args.clip)    # one norm over all that is trained
@@ -393,7 +392,7 @@ def main(args):
         # No mask after a zeroing: AdamW's moments live on, and a zeroed weight may grow again.
         if pruning and due:
             zero_smallest(weights, v)
-        elif not pruning:                                   # after the last zeroing zeros are final
+        elif step >= last:                                  # after the last zeroing zeros are final
             for w, stays in zip(weights, remains):
                 w.data.mul_(stays)
         # </method>

@@ -35,13 +35,13 @@ Unlike magnitude.py: all pruning comes before fine-tuning, which keeps the zeros
 gradients. --nip is the paper's baseline, plain magnitude pruning: the smallest |w| go for good, in
 m = round(10 (1 - v_f)) equal cuts, cut j after j / m of the rounds' time (recalled).
 Differs from the paper: gamma is solved for. The paper writes |w|^(t) (recalled). We read (t) as a
-power; a sibling of the paper (LinLabNEU/reweighted_prune4) means the iterate's number, so that p =
-1. That is ten points of F1 worse here (mini/'s questions, 10 % kept, one seed).
+power. A sibling of the paper (LinLabNEU/reweighted_prune4) means the iterate's number, so that p =
+1, which is the likelier reading. But it is worse here: XX
 
 Run (measured results: results/README.md)
     python rpp.py --task squad --sparsity 0.4          mini/'s small BERT, three minutes on a CPU
     python rpp.py --preset paper --corpus FILE         BERT-base, on a GPU
-    python rpp.py --task mnli --support out/rpp-squad-0.4-s0     the same zeros, another task
+    python rpp.py --task mnli --sparsity 0.4 --support out/rpp-squad-0.4-s0      another task
 Last line: RESULT rpp squad keeps 40.00% (prunes 60.00%) EM .. F1 .. | .. (seconds: of fine-tuning)
 """
 import argparse
@@ -144,10 +144,10 @@ def flags():
     add("--corpus", help="text to pre-train on, a blank line between documents")
     add("--pretrain_steps", type=int, help="steps of pre-training; --steps then leaves it alone")
     add("--gamma", type=float,
-        help="the paper's open loop: the fraction kept follows from gamma, not from --sparsity")
+        help="above 0: the paper's open loop, where gamma decides what is kept, not --sparsity")
     add("--rounds", type=int, help="alpha is reweighted after each")
     add("--nip", action="store_true", help="the paper's baseline: magnitude pruning in stairs")
-    add("--support", help="no pre-training: take the zeros of the model in this folder")
+    add("--support", help="no pre-training: start from the pruned model in this folder")
     # </method>
     return parser
 
@@ -212,7 +212,7 @@ def solve_gamma(weights, alphas, v, lr):
 def read_corpus(path, tokenizer):
     """[document = [line = [token id]]]: a blank line lies between two documents of the file."""
     documents = []
-    for text in re.split(r"\n\s*\n", common.read_text(path)):
+    for text in re.split(r"\n\s*\n", common.read_text(path).strip()):
         lines = [line.strip() for line in text.split("\n") if line.strip()]
         encoded = tokenizer(lines, add_special_tokens=False)["input_ids"]
         document = [ids for ids in encoded if ids]      # of control characters nothing is left
@@ -343,6 +343,7 @@ def main(args):
     if inputs & {os.path.realpath(out), os.path.realpath(support)}:
         raise SystemExit(f"--out {out} holds the --support or --model folder: give another")
     pretrains = not args.support and (args.sparsity < 1 or args.gamma)
+    pretrained = pretrains and args.resume and support.exists()         # before it was killed
     if pretrains and not args.corpus:
         raise SystemExit("pre-training needs a text: give --corpus FILE, or --preset mini")
     # </method>
@@ -392,7 +393,7 @@ def main(args):
     state = {}                                          # what the method keeps in a checkpoint
 
     # <method: setup>
-    if pretrains:
+    if pretrains and not pretrained:
         documents = read_corpus(Path(args.corpus), tokenizer)
         every = min(20, len(documents) // 2)                # one document in 20 is held out
         held_out = documents[::every]
@@ -432,13 +433,14 @@ def main(args):
     if rank == 0 and not args.resume:
         shutil.rmtree(support, ignore_errors=True)
         unfinished.unlink(missing_ok=True)
-    if pretrains and args.resume and support.exists():      # this phase is over
+    settings = dict(args.pretrain)
+    for key in ("steps", "batch_size", "lr"):               # the command line goes before HYPER
+        settings[key] = typed.get(key, settings[key])
+    if pretrains:
+        steps = args.pretrain_steps = args.pretrain_steps or settings["steps"]
+    if pretrained:
         found = BertForPreTraining.from_pretrained(support)
     elif pretrains:
-        settings = dict(args.pretrain)
-        for key in ("steps", "batch_size", "lr"):           # the command line goes before HYPER
-            settings[key] = typed.get(key, settings[key])
-        steps = args.pretrain_steps = args.pretrain_steps or settings["steps"]
         rounds_end = max(1, round((1 - settings["recover"]) * steps))
         stairs = max(1, round((1 - args.sparsity) / 0.1))   # of --nip
         length = min(settings["length"], tokenizer.model_max_length)
@@ -465,7 +467,6 @@ def main(args):
             found.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
         alphas = saved["alphas"]
-        stair = int(min(1.0, saved["step"] / rounds_end) * stairs)
         with autocast:
             before = accuracy(net, held_batches, device)
         print(f"pre-training from step {saved['step']} of {steps} on {args.corpus}: {before}")
@@ -497,8 +498,7 @@ def main(args):
                 if args.nip or step >= rounds_end:          # the zeros stay
                     for w, stays in zip(weights, remains):
                         w.masked_fill_(~stays, 0.0)
-                if args.nip and height > stair:
-                    stair = height
+                if args.nip and height > int(step / rounds_end * stairs):
                     row = torch.cat([w.abs().flatten() for w in weights])               # (n,)
                     last = largest_to_go(row, v)
                     for w in weights:
@@ -515,10 +515,9 @@ def main(args):
             if rank == 0 and (done % 50 == 0 or done == steps):
                 kept = common.count_kept(found)[1]
                 print(f"pre-training step {done:05d}/{steps:05d}  loss {loss:.4f}  "
-                      f"gamma {gamma:.2e}  kept {kept:.1%} (goal {v:.1%})  lr {lr:.1e}",
-                      flush=True)
+                      f"gamma {gamma:.2e}  kept {kept:.1%}  lr {lr:.1e}", flush=True)
                 row = dict(pretraining_step=done, loss=loss.item(),
-                           gamma=gamma, kept=kept, goal=v, lr=lr)
+                           gamma=gamma, kept=kept, lr=lr)
                 with open(log, "a") as file:
                     print(json.dumps(row), file=file)
                 if not torch.isfinite(loss):
@@ -530,8 +529,7 @@ def main(args):
                 os.replace(out / "pretraining.part", unfinished)
         with autocast:
             after = accuracy(net, held_batches, device)
-        seconds = time.time() - started
-        print(f"pre-training took {seconds:.0f} s: before {before}, after {after}")
+        print(f"pre-training took {time.time() - started:.0f} s: before {before}, after {after}")
         if rank == 0:                                       # whole, or under another name
             part = out / "support.part"
             shutil.rmtree(part, ignore_errors=True)
@@ -542,6 +540,7 @@ def main(args):
 
     # ---- fine-tuning on the support: encoder, embeddings and pooler, not the heads
     goal = None if args.gamma else args.sparsity
+    remains = []                                            # none if V = 1: dense fine-tuning
     if found:
         parts = found.state_dict()
         for key in lacking:                                 # the task's model has better, or none
@@ -550,7 +549,7 @@ def main(args):
         if args.support:
             goal = common.count_kept(model)[1]
             print(f"the support keeps {goal:.2%}: this is the goal, whatever --sparsity says")
-    remains = [layer.weight != 0 for layer in layers.values()]          # (out, in) each
+        remains = [layer.weight != 0 for layer in layers.values()]          # (out, in) each
     # </method>
 
     # ---- optimizer: no weight decay, so that the loss and the method alone move a weight

@@ -9,8 +9,8 @@ density. A penalty presses all scores down.
     M = (sigmoid(S) > tau)
     minimise  L + lambda * mean over matrices of the mean of sigmoid(S) in the matrix
     r = 1 - (1 - (t - t_i T) / (T - t_i T - t_f T))^3      0 up to step t_i T, 1 after T - t_f T
---penalty LAMBDA is the paper's way: tau = 0.1 r and lambda = LAMBDA r are given, and what is kept
-follows. On SQuAD a LAMBDA of 500 keeps 13.9 % and 1400 keeps 2.6 % (the paper's runs).
+--penalty LAMBDA is the official code's way: tau = 0.1 r and lambda = LAMBDA r are given, and what
+is kept follows. On SQuAD a LAMBDA of 500 keeps 13.9 % and 1400 keeps 2.6 % (the paper's runs).
 Without --penalty what is kept is given: v = 1 - (1 - v_f) r, where v_f is --sparsity. tau is then
 whatever value lets round(v N) of all N scores pass (so S itself is ranked; of equal scores the
 first pass), and lambda = lambda_f r with a constant lambda_f.
@@ -35,12 +35,13 @@ Symbols
     v         v          fraction kept
     step      t          from 0 to T - 1; T is --steps. t_i, t_f: fractions of the run. L: the loss
 Unlike mvp.py: one ranking over all scores, as with its --scope global, and a penalty.
-Differs from the paper: tau is solved for. Differs from the official code in what magnitude.py
-names. Left out: other starts of the scores, and scores that blocks of weights share.
+Differs from the paper's text, which has M = (S > tau), a constant tau and lambda, and the sum of
+sigmoid(S). Differs from the official code, which has the formulas above: tau is solved for, and
+what magnitude.py names. Left out: other starts of the scores.
 
 Run (measured results: results/README.md)
     python soft_mvp.py --task squad --sparsity 0.03    mini/'s small BERT, two minutes on a CPU
-    python soft_mvp.py --penalty 500                   the paper's way; --preset paper: BERT-base
+    python soft_mvp.py --penalty 500 --out out/open    the open loop; --preset paper: BERT-base
 Last line: RESULT soft_mvp squad keeps 3.00% (prunes 97.00%) EM .. F1 .. | ..
 """
 import argparse

@@ -13,7 +13,7 @@ Model      a folder or hub name of an encoder-decoder; or of a BERT, which then 
 Scores     exact match and ROUGE-1, -2 and -L (F1) over words in lower case, without stemming
 
 Run
-    python examples/generate.py --method mgpp --sparsity 0.1          four minutes on a CPU
+    python examples/generate.py --method mgpp --sparsity 0.1          five minutes on a CPU
     python examples/generate.py --method dense
     python examples/generate.py --model t5-small --data DIR --beams 4 --max_new_tokens 60
 The last line: RESULT mgpp generate keeps 10.00% (prunes 90.00%) EM .. ROUGE-1 .. ROUGE-2 ..
@@ -46,7 +46,7 @@ from transformers import (
 
 MINI = Path(__file__).resolve().parent.parent / "mini"
 
-# ---- copied from mgpp.py and soft_mvp.py: <method: hyper-parameters>, of the mini preset
+# ---- copied from mgpp.py and soft_mvp.py: the mini preset. For a real model take PAPER's values
 HYPER = dict(
     t_i=0.05,
     t_f=0.3,
@@ -302,6 +302,8 @@ def main(args):
     set_seed(args.seed)
     if args.method == "dense":
         args.sparsity = 1.0
+    if not 0 < args.sparsity <= 1:
+        raise SystemExit("--sparsity is the fraction KEPT, above 0 and at most 1")
     out = args.out or Path(f"out/generate-{args.method}-{args.sparsity:g}-s{args.seed}")
 
     # ---- data and model
@@ -329,7 +331,6 @@ def main(args):
         groups[0] |= args.adam
         first = math.ceil(args.t_i * args.steps)                # steps done at the first zeroing
         last = round((1 - args.t_f) * args.steps)               # and at the last
-        n = len(data.train)                                     # training examples
     if args.method == "soft_mvp":
         # ---- copied from soft_mvp.py: <method: setup>
         masked = []                                         # none if V = 1: dense fine-tuning
@@ -353,8 +354,6 @@ def main(args):
             lam = args.mix or mixing_weight(step, args.steps, args.t_i, args.t_f)
             pruning = step < last and args.sparsity < 1
             due = t % args.interval == 0 or t in (first, last)
-            if pruning and not due:
-                v = None                                                    # for the log
             remains = [w != 0 for w in weights]                             # (out, in) each
         if args.method == "soft_mvp":
             # ---- copied from soft_mvp.py: <method: before forward>
@@ -382,7 +381,7 @@ def main(args):
             if pruning:
                 for w in weights:
                     prior = prior_gradient(w.detach(), lam, args.spike, args.slab)
-                    w.grad.add_(prior, alpha=1 / n)
+                    w.grad.add_(prior, alpha=1 / len(data.train))
         else:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -393,7 +392,7 @@ def main(args):
             # No mask after a zeroing: AdamW's moments live on, and a zeroed weight may grow again.
             if pruning and due:
                 zero_smallest(weights, v)
-            elif not pruning:
+            elif step >= last:
                 # after the last zeroing zeros are final
                 for w, stays in zip(weights, remains):
                     w.data.mul_(stays)
@@ -415,7 +414,6 @@ def main(args):
         goal = args.sparsity
         if masked:
             update_masks(masked, scores, goal)
-        if masked:
             for layer in layers.values():
                 parametrize.remove_parametrizations(layer, "weight")
 

@@ -9,8 +9,11 @@ text has (for pairs: which words both have, which words one alone has, and how m
 AdamW, lr 0.01, batch 32; the mean of five seeds.
 Guessers for SQuAD: the first words of the context; the most frequent answer of the training file;
 the sentence that has most of the question's words, without these words; and in that sentence the
-name or number nearest to them. Each guesser is a row of results/floor.tsv. The floor of a metric is
-the best of them.
+name or number nearest to them.
+Guessers for text generation (examples/generate.py): the source's first sentence; the most frequent
+question of the training file; and the most frequent first two words of its questions, then the name
+that the source has most often (Ilbert Grimwell, the gentle lion).
+Each guesser is a row of results/floor.tsv. The floor of a metric is the best of them.
 """
 import argparse
 import collections
@@ -22,7 +25,9 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+import generate  # noqa: E402
+
 import common  # noqa: E402
 
 TSV = ROOT / "results" / "floor.tsv"
@@ -185,6 +190,35 @@ def squad(folder):
     return scores
 
 
+# ---- text generation
+
+def most_frequent(texts):
+    return collections.Counter(texts).most_common(1)[0][0]
+
+
+def question_about_the_name(source, beginning):
+    names = re.findall(r"[A-Z]\w+ [A-Z]\w+|[Tt]he \w+ \w+", source)
+    return f"{beginning} {most_frequent(names or ['it'])}?"
+
+
+def generation(folder):
+    """{guesser: metrics}"""
+    train = generate.read_tsv(folder / "train.tsv")
+    dev = generate.read_tsv(folder / "dev.tsv")
+    questions = [question for _, question in train]
+    beginning = most_frequent(" ".join(question.split()[:2]) for question in questions)
+    guessers = {
+        "first sentence": lambda source: source.split(". ")[0],
+        "most frequent question": lambda source: most_frequent(questions),
+        "question about the name": lambda source: question_about_the_name(source, beginning),
+    }
+    scores = {}
+    for name, guess in guessers.items():
+        guesses = [guess(source) for source, _ in dev]
+        scores[name] = generate.score(guesses, [question for _, question in dev])
+    return scores
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -196,10 +230,14 @@ def main():
         world = "embedded"
         shown = "mini"
     rows = [line.split("\t") for line in TSV.read_text().split("\n")[1:-1]]
-    for task, files in common.TASKS.items():
+    for task in [*common.TASKS, "generate"]:
         if task == "squad" and (args.data / task).exists():
             scores = squad(args.data)
-        elif task not in ("squad", "stsb") and (args.data / files.folder).exists():
+        elif task == "generate" and world == "embedded":
+            scores = generation(args.data / task)
+        elif task in ("squad", "stsb", "generate"):
+            continue
+        elif (args.data / common.TASKS[task].folder).exists():
             scores = classification(task, args.data)
         else:
             continue

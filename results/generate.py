@@ -4,8 +4,9 @@
     python results/generate.py magnitude --sparsity 0.1 --seed 0 --out FOLDER              one run
     python results/generate.py l2 --sparsity 0.1 --seed 0 --out FOLDER                     one run
 
-Two methods are not in the example and come from this file. magnitude: magnitude.py's masks take the
-place of soft movement's, and the penalty is 0. l2: MGPP without the spike (mix = 1). A finished run
+Three methods are not in the example and come from this file. magnitude: magnitude.py's masks take
+the place of soft movement's, and the penalty is 0. l2: MGPP without the spike (mix = 1).
+soft_mvp_local: soft movement in which each matrix keeps the same fraction. A finished run
 (result.json under --runs) is not made again.
 """
 import argparse
@@ -30,6 +31,14 @@ def run_l2(flags):
     args = generate.flags().parse_args(["--method", "mgpp", *flags])
     args.mix = 1.0
     generate.main(args)
+
+
+def run_soft_mvp_local(flags):
+    """Run the example with soft movement; the floor of each matrix is all that it may keep."""
+    import generate
+
+    generate.floor = lambda n: 1.0
+    generate.main(generate.flags().parse_args(["--method", "soft_mvp", *flags]))
 
 
 def run_magnitude(flags):
@@ -68,7 +77,7 @@ def row_of(out, method, sparsity, seed, words):
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("method", nargs="?", choices=["magnitude", "l2"])
+    parser.add_argument("method", nargs="?", choices=["magnitude", "l2", "soft_mvp_local"])
     parser.add_argument("--runs", type=Path, default=Path("out/generate"))
     args, rest = parser.parse_known_args()
     sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
@@ -78,6 +87,9 @@ def main():
     if args.method == "l2":
         run_l2(rest)
         return
+    if args.method == "soft_mvp_local":
+        run_soft_mvp_local(rest)
+        return
     rows = {}
     if TSV.exists():
         lines = [line.split("\t") for line in TSV.read_text().splitlines()[1:]]
@@ -85,11 +97,12 @@ def main():
     wanted = [("dense", "1")]
     wanted += [(method, sparsity) for sparsity in ("0.3", "0.1", "0.03")
                for method in ("magnitude", "mgpp", "l2", "soft_mvp")]
+    wanted += [("soft_mvp_local", "0.1")]
     for seed in ("0", "1", "2"):                # one seed of everything, then the second
         for method, sparsity in wanted:
             out = (args.runs / f"{method}-{sparsity}-s{seed}").resolve()
             words = ["examples/generate.py", "--method", method]
-            if method in ("magnitude", "l2"):
+            if method in ("magnitude", "l2", "soft_mvp_local"):
                 words = ["results/generate.py", method]
             words += ["--sparsity", sparsity, "--seed", seed]
             if (method, sparsity, seed) not in rows and not (out / "result.json").exists():

@@ -36,6 +36,7 @@ VARIANTS = {
     "nip": "rpp.py --nip",
     "dense_3e-5": "magnitude.py --lr 3e-5",
     "dense_1e-4": "magnitude.py --lr 1e-4",
+    "dense_2e-4": "magnitude.py --lr 2e-4",
 }
 DENSE = ["magnitude"]
 TEACHER = ["mvp_kd", "soft_mvp_kd"]
@@ -63,9 +64,9 @@ GRIDS = {
         ("squad", 0.1, 1, BEFORE_MVP),
     ],
     "cola": [
-        ("cola", 1, 1, DENSE),
-        ("cola", 0.3, 1, BEFORE_MVP[:3]),
-        ("cola", 0.1, 1, BEFORE_MVP[:3]),
+        ("cola", 1, 1, ["dense_3e-5", "dense_2e-4", *DENSE]),
+        ("cola", 0.3, 1, ["magnitude", "soft_mvp", "mgpp"]),
+        ("cola", 0.1, 1, ["magnitude", "soft_mvp", "mgpp"]),
     ],
     "paper": [],
 }
@@ -86,7 +87,7 @@ FLAGS = {
     "sst2": "--preset paper --device cpu --steps 1200 --lr 3e-5",
     "sst2_3000": "--preset paper --device cpu --steps 3000 --lr 2e-4",
     "squad11": "--preset paper --device cpu --steps 800 --batch_size 8 --lr 2e-4",
-    "cola": "--preset paper --device cpu --steps 1600 --lr 1e-4",
+    "cola": "--preset paper --device cpu --steps 800 --lr 1e-4",
     "paper": "--preset paper --device cuda",
     ("rpp", "cola"): "--preset paper --device cpu --steps 600 --batch_size 16 --lr 3e-4",
 }

@@ -21,12 +21,15 @@ from transformers import EncoderDecoderModel
 
 EXAMPLE = ROOT / "examples" / "generate.py"
 BANNER = re.compile(r"(?m)^ *# ---- (?:copied from (\w+)\.py: <method: ([^>]*)>)?.*$")
-# What the example leaves out of soft_mvp.py's slots: the open loop, which needs --penalty.
+# What the example leaves out: soft_mvp.py's open loop, which needs --penalty, and mgpp.py's log.
 LEFT_OUT = [
     ("args.sparsity < 1 or args.penalty", "args.sparsity < 1"),
     ("if args.penalty: update_masks_open(masked, scores, 0.1 * ramp) v = None elif", "if"),
     ("(args.penalty or args.lambda_f)", "args.lambda_f"),
-    ("if args.penalty: goal = None update_masks_open(masked, scores, 0.1) elif", "if"),
+    ("if args.penalty: goal = None update_masks_open(masked, scores, 0.1) "
+     "elif masked: update_masks(masked, scores, goal) if masked:",
+     "if masked: update_masks(masked, scores, goal)"),
+    ("if pruning and not due: v = None remains", "remains"),
 ]
 
 
@@ -82,9 +85,8 @@ def test_slots_are_the_scripts_own():
         if slot in ("definitions", "hyper-parameters"):
             continue
         theirs = tokens_of(slots(script)[slot])
-        if script == "soft_mvp":
-            for old, new in LEFT_OUT:
-                theirs = theirs.replace(tokens_of(old), tokens_of(new))
+        for old, new in LEFT_OUT:
+            theirs = theirs.replace(tokens_of(old), tokens_of(new))
         ours = tokens_of(text)
         assert ours.startswith(theirs), f"{script}.py has another slot {slot}"
         found.append((script, slot))

@@ -333,7 +333,8 @@ def test_mlm_nsp_batch():
 def test_read_corpus(tmp_path):
     tokenizer = common.load_tokenizer(str(ROOT / "mini" / "bert"))
     path = tmp_path / "corpus.txt"
-    path.write_text("he stole\n\na drum\na chair\n \nhe\n\n\u200b\n\nhe read\n", encoding="utf-8")
+    text = "\n\nhe stole\n\na drum\na chair\n \nhe\n\n\u200b\n\nhe read\n\n"
+    path.write_text(text, encoding="utf-8")
     documents = rpp.read_corpus(path, tokenizer)
     assert [len(document) for document in documents] == [1, 2, 1, 1]
     path.write_text("one document\n")

@@ -188,6 +188,13 @@ def test_open_loops_have_no_goal(data, tmp_path, method, flags):
     assert result["args"]["goal"] is None and "MISSED" not in result["line"]
 
 
+@pytest.mark.parametrize("method", ["mgpp", "rpp"])
+def test_dense_holds_no_zeros(ended, data, tmp_path, method):
+    """V = 1 is dense fine-tuning of a pruned --model too."""
+    pruned, _ = ended["magnitude"]
+    assert run(method, data, tmp_path, "--sparsity", "1", "--model", pruned)["kept"] > 0.9999
+
+
 def test_teacher(ended, data, tmp_path):
     teacher, _ = ended["magnitude"]
     run("soft_mvp", data, tmp_path, "--sparsity", "0.1", "--teacher", teacher)
