@@ -34,9 +34,9 @@ Symbols
 Unlike magnitude.py: all pruning comes before fine-tuning, which keeps the zeros by zeroing their
 gradients. --nip is the paper's baseline, plain magnitude pruning: the smallest |w| go for good, in
 m = round(10 (1 - v_f)) equal cuts, cut j after j / m of the rounds' time (recalled).
-Differs from the paper: gamma is solved for. The paper writes |w|^(t) (recalled). We read (t) as a
-power. A sibling of the paper (LinLabNEU/reweighted_prune4) means the iterate's number, so that p =
-1, which is the likelier reading. But it is worse here: XX
+Differs from the paper: gamma is solved for. The paper writes |w|^(t) (recalled), which we read as a
+power. A sibling of the paper (LinLabNEU/reweighted_prune4) means the iterate's number, the likelier
+reading: p = 1. On mini/'s questions that costs ten points of F1 at 10 % kept, 14 or none at 40 %.
 
 Run (measured results: results/README.md)
     python rpp.py --task squad --sparsity 0.4          mini/'s small BERT, three minutes on a CPU

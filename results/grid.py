@@ -1,7 +1,6 @@
 """Drives the runs behind the tables, and writes what they measured to results/NAME.tsv.
 
     python results/grid.py embedded --jobs 2                   mini/: squad, mnli, qqp
-    python results/grid.py default                             each script as it is: its time
     python results/grid.py sst2 --model DIR --data DIR --corpus FILE     SST-2, a small BERT
     python results/grid.py sst2_3000 ...                       the same, longer: a curve
     python results/grid.py squad11 ...                         SQuAD 1.1, 6,400 questions
@@ -52,7 +51,6 @@ GRIDS = {
         ("squad", 0.1, 2, ["nip"]),
         ("squad", 0.03, 2, TEACHER),
     ],
-    "default": [("squad", 0.03, 1, METHODS)],
     "sst2": [("sst2", 1, 3, DENSE)],
     "sst2_3000": [
         ("sst2", 1, 1, ["dense_3e-5", "dense_1e-4"]),
@@ -83,7 +81,6 @@ for task in ("sst2", "squad"):
 SUPPORT = {"embedded": "squad", "sst2": "cola", "sst2_3000": "cola", "paper": "sst2"}
 FLAGS = {
     "embedded": "--preset mini --device cpu",
-    "default": "--preset mini --device cpu",
     "sst2": "--preset paper --device cpu --steps 1200 --lr 3e-5",
     "sst2_3000": "--preset paper --device cpu --steps 3000 --lr 2e-4",
     "squad11": "--preset paper --device cpu --steps 800 --batch_size 8 --lr 2e-4",
@@ -202,7 +199,7 @@ def print_table(args, rows):
         values = [float(x) for x in row[5].split()[1::2]]
         cells.setdefault((task, v), {}).setdefault(column, []).append(values)
     columns = list(dict.fromkeys(column for column, *_ in rows))
-    floor = floors("embedded" if args.grid in ("embedded", "default") else "real")
+    floor = floors("embedded" if args.grid == "embedded" else "real")
     print("| task, kept | floor | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 2) + "|")
     for (task, v), of_column in cells.items():

@@ -3,9 +3,8 @@
     python results/sweep.py spike       mgpp.py: plain L2 (--mix 1), and spikes from 1e-12 to 1e-4
     python results/sweep.py exponent    rpp.py: alpha = 1 / (|w|^p + eps) with p the number of the
                                         round, 5 at most, and with p = 1
-Three seeds each; at 10 % the spike only as it is (1e-10) and L2. The rows of p = the round at 10 %
-stand in embedded.tsv. A run that has ended (result.json under --runs) or has a row is not made
-again. results/sweep.tsv has a row for each run.
+Three seeds each; at 10 % the spike only as it is (1e-10) and L2. A run that has ended (result.json
+under --runs) or has a row is not made again. results/sweep.tsv has a row for each run.
 """
 import argparse
 import json
@@ -36,8 +35,7 @@ def runs(question):
                 flags = ["--sparsity", f"{sparsity}", "--seed", f"{seed}"]
                 flags += ["--pretrain_steps", "2000"]
                 yield "p=1", "rpp_with_p_1", flags
-                if sparsity == 0.4:
-                    yield "p=round", "rpp.py", flags
+                yield "p=round", "rpp.py", flags
 
 
 def rpp_with_p_1(flags):
