@@ -97,6 +97,13 @@ def test_tables_of_sweeps(question, heading):
     assert checked > 3
 
 
+def test_table_of_rankings():
+    for method, task, kept, _, *shares, scores in rows("ranking.tsv"):
+        score = " / ".join(f"{float(x):.1f}" for x in scores.split()[1::2])
+        cells = [f"{task}, {float(kept):g} %", method, *shares, score]
+        assert f"| {' | '.join(cells)} |" in RESULTS
+
+
 def test_table_of_generation():
     """A row has the EM of each seed, and the mean of each ROUGE."""
     section = RESULTS.split("## Text generation")[1].split("\n## ")[0]
