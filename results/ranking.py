@@ -15,7 +15,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 TSV = ROOT / "results" / "ranking.tsv"
-COLUMNS = ["method", "task", "kept_%", "seed", "attention_%", "feed-forward_%", "scores"]
+COLUMNS = ["method", "task", "kept_%", "seed", "attention_%", "feed-forward_%", "scores",
+           "command"]
 
 
 def run_local(words):
@@ -38,7 +39,8 @@ def row_of(folder, variant):
     scores = " ".join(f"{name} {value:.2f}" for name, value in result["metrics"].items())
     shares = [f"{np.mean(shares):.1f}" for shares in kept.values()]
     return [result["method"] + variant, result["task"], f"{100 * result['kept']:.1f}",
-            f"{result['args']['seed']}", *shares, scores]
+            f"{result['args']['seed']}", *shares, scores,
+            "python results/ranking.py " + ("local" if variant else "show FOLDER")]
 
 
 def main():
