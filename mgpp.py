@@ -18,7 +18,7 @@ and between them each t that `interval` divides. The smallest |w| of all matrice
 0, so that round(v N) of all N weights remain:
     v = v_f + (v_i - v_f) (1 - (t - t_i T) / (T - t_i T - t_f T))^3      v_i = 0.7, or v_f if larger
 Until the last zeroing a zeroed weight is free to move. One step later nearly all differ from 0
-again (a log line from between says: kept 100 %, no goal), but the next threshold comes before they
+again (a log line written then says: kept 100 %, no goal), but the next threshold comes before they
 have grown past it: in our run none came back. At the last zeroing the prior stops, and zeros stay.
 Does the spike hold weights at 0? With the mini preset's lr a step of AdamW is 50 times as wide as
 the spike. A weight that lands in it gets so large a gradient that AdamW throws it far away. Only

@@ -66,6 +66,9 @@ def run_magnitude(flags):
     generate.main(args)
 
 
+OWN = {"magnitude": run_magnitude, "l2": run_l2, "soft_mvp_local": run_soft_mvp_local}
+
+
 def row_of(out, method, sparsity, seed, words):
     result = json.loads((out / "result.json").read_text())
     scores = " ".join(f"{name} {value:.1f}" for name, value in result["metrics"].items())
@@ -77,18 +80,12 @@ def row_of(out, method, sparsity, seed, words):
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("method", nargs="?", choices=["magnitude", "l2", "soft_mvp_local"])
+    parser.add_argument("method", nargs="?", choices=OWN)
     parser.add_argument("--runs", type=Path, default=Path("out/generate"))
     args, rest = parser.parse_known_args()
     sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
-    if args.method == "magnitude":
-        run_magnitude(rest)
-        return
-    if args.method == "l2":
-        run_l2(rest)
-        return
-    if args.method == "soft_mvp_local":
-        run_soft_mvp_local(rest)
+    if args.method:
+        OWN[args.method](rest)
         return
     rows = {}
     if TSV.exists():
@@ -102,7 +99,7 @@ def main():
         for method, sparsity in wanted:
             out = (args.runs / f"{method}-{sparsity}-s{seed}").resolve()
             words = ["examples/generate.py", "--method", method]
-            if method in ("magnitude", "l2", "soft_mvp_local"):
+            if method in OWN:
                 words = ["results/generate.py", method]
             words += ["--sparsity", sparsity, "--seed", seed]
             if (method, sparsity, seed) not in rows and not (out / "result.json").exists():

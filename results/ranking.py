@@ -2,12 +2,15 @@
 
     python results/ranking.py local --task cola ...     soft_mvp.py with its command line, but each
                                                         matrix is ranked by itself
-    python results/ranking.py show FOLDER ...           rows of runs that have ended
+    python results/ranking.py show FOLDER ...           rows of runs that have ended; grid.py's
+                                                        tables have the commands that made them
 
 A row of results/ranking.tsv has what is kept of the attention's matrices (query, key, value and
 output) and of the feed-forward network's, which are four times as large: means over matrices.
 """
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -30,7 +33,7 @@ def run_local(words):
     return Path(args.out)
 
 
-def row_of(folder, variant):
+def row_of(folder, variant, words):
     result = json.loads((folder / "result.json").read_text())
     kept = {"attention": [], "feed-forward": []}
     for name, share in result["kept_per_layer"].items():
@@ -38,17 +41,19 @@ def row_of(folder, variant):
         kept[part].append(100 * share)
     scores = " ".join(f"{name} {value:.2f}" for name, value in result["metrics"].items())
     shares = [f"{np.mean(shares):.1f}" for shares in kept.values()]
+    command = shlex.join(["python", "results/ranking.py", *words])
+    for flag in ("model", "data", "out"):
+        command = re.sub(rf"--{flag} \S+", f"--{flag} {flag.upper()}", command)
     return [result["method"] + variant, result["task"], f"{100 * result['kept']:.1f}",
-            f"{result['args']['seed']}", *shares, scores,
-            "python results/ranking.py " + ("local" if variant else "show FOLDER")]
+            f"{result['args']['seed']}", *shares, scores, command]
 
 
 def main():
     question, *words = sys.argv[1:]
     if question == "local":
-        rows = [row_of(run_local(words), "_local")]
+        rows = [row_of(run_local(words), "_local", ["local", *words])]
     else:
-        rows = [row_of(Path(folder), "") for folder in words]
+        rows = [row_of(Path(folder), "", ["show", folder]) for folder in words]
     old = TSV.read_text().splitlines()[1:] if TSV.exists() else []
     lines = ["\t".join(COLUMNS), *old, *("\t".join(row) for row in rows)]
     TSV.write_text("\n".join(dict.fromkeys(lines)) + "\n")
