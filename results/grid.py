@@ -30,6 +30,7 @@ METHODS = ["magnitude", "mvp", "soft_mvp", "l0", "mgpp", "rpp"]
 # name of a column: script and flags, where they differ
 VARIANTS = {
     "mvp_global": "mvp.py --scope global",
+    "mgpp_L2": "mgpp.py --mix 1",
     "mvp_kd": "mvp.py",
     "soft_mvp_kd": "soft_mvp.py",
     "nip": "rpp.py --nip",
@@ -39,7 +40,7 @@ VARIANTS = {
 }
 DENSE = ["magnitude"]
 TEACHER = ["mvp_kd", "soft_mvp_kd"]
-BEFORE_MVP = ["magnitude", "soft_mvp", "l0", "mgpp", "mvp"]
+BEFORE_MVP = ["magnitude", "soft_mvp", "l0", "mgpp", "mgpp_L2", "mvp"]
 RPP = ["rpp"]
 # name: [(task, fraction kept, seeds, columns)]
 GRIDS = {
@@ -63,7 +64,7 @@ GRIDS = {
     ],
     "cola": [
         ("cola", 1, 1, ["dense_3e-5", "dense_2e-4", *DENSE]),
-        ("cola", 0.3, 1, ["magnitude", "soft_mvp", "mgpp"]),
+        ("cola", 0.3, 1, ["magnitude", "soft_mvp", "mgpp", "mgpp_L2"]),
         ("cola", 0.1, 1, ["magnitude", "soft_mvp", "mgpp"]),
     ],
     "paper": [],

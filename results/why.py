@@ -17,6 +17,7 @@ Run   python results/why.py --name squad:plain mvp --task squad --sparsity 0.1 -
       --stop V        end the run once at most V is kept
       --probe STEP    train densely until STEP, then learn nothing more: remove weights in four
                       orders and measure the loss, a mean of eight batches
+      --part X        with --probe: take only the fraction X of each weight away
 
 Columns: step, kept · loss: mean of the last ten cross-entropies · back: share of the kept weights
 that were once masked, % · norm: of dL/dS without penalty · speed: mean change of a score in this
@@ -137,6 +138,8 @@ class Watch:
             raise Stop
         order, v = PROBED[case]
         self.original(masked, self.ranking(order), v, *scope)
+        for m in masked:
+            m.mask.copy_(1 - self.options.part * (1 - m.mask))
 
     def measure(self, masks, v):
         now = self.sample(self.scores)
@@ -217,6 +220,7 @@ def flags():
     p.add_argument("--hyper", type=json.loads, default={})
     p.add_argument("--stop", type=float, default=0.0)
     p.add_argument("--probe", type=int, default=0)
+    p.add_argument("--part", type=float, default=1.0)
     p.add_argument("script", choices=["mvp", "soft_mvp"])
     p.add_argument("rest", nargs=argparse.REMAINDER)
     return p
