@@ -21,8 +21,8 @@ divides each step of a score by the recent size of its own gradients. So S tells
 weight was pushed away from 0, and not how far.
 Can it fail? Yes, and speed seems to matter. On SST-2, with all else fixed, removing the 1 % of
 lowest scores raises the loss from .31 to .80; 1 % at random costs nothing, and neither does taking
-a tenth of each of the lowest away. So these weights act together, and to remove them at once is a
-step too long. Our run of 1,200 steps to 10 % is at chance when 93 % are kept; then gradients vanish,
+a tenth of each of the lowest away. So these weights act together: to remove them at once is a step
+too long. Our run of 1,200 steps to 10 % is at chance when 93 % are kept; then gradients vanish,
 scores stand still, and hardly a weight comes back. A run ten times slower (the paper's is slower
 still) is not at chance at 90 % kept, where we last looked. Our run with soft_mvp.py's penalty holds
 to the end. Not explained: three runs to 3 % recovered (accuracy 78), and a repeat of one did not.
