@@ -7,20 +7,20 @@ Idea: the number of weights that are not 0, their L0 norm, has no gradient. So e
 random gate z. A learned score S, the paper's log alpha, sets the probability that z is 0; this
 probability has a gradient.
     y = log u - log(1 - u)                           noise; u is uniform in (1e-4, 1 - 1e-4)
-    s = sigmoid((y + S) / beta)                      in (0, 1)
-    z = clamp(s (zeta - gamma) + gamma, 0, 1)        stretched to (gamma, zeta), then cut
-    a = (W * z) x                                    the loss moves S where 0 < z < 1
-How likely is z > 0? It is the case where s > -gamma / (zeta - gamma). Undo the sigmoid on both
-sides: (y + S) / beta > log(-gamma / zeta). And y exceeds a number c with probability sigmoid(-c),
-if we overlook the cut ends of u. Therefore
+    q = sigmoid((y + S) / beta)                      in (0, 1)
+    z = clamp(q (zeta - gamma) + gamma, 0, 1)        stretched to (gamma, zeta), then cut
+    a = (W * z) x                                    dz/dS is 0 where z is cut to 0 or 1
+How likely is z > 0? It is the case where q > x = -gamma / (zeta - gamma). Undo the sigmoid on both
+sides: (y + S) / beta > log(x / (1 - x)) = log(-gamma / zeta). And y exceeds a number c with
+probability sigmoid(-c), if we overlook the cut ends of u. Therefore
     P(z > 0) = sigmoid(S - beta log(-gamma / zeta))
     E        = mean over matrices of the mean of P(z > 0) in the matrix
 To count, to evaluate and to save (torch's gradients are off then) there is neither noise nor beta:
 z = clamp(sigmoid(S) (zeta - gamma) + gamma, 0, 1). It is above 0 where S exceeds the threshold
 log(-gamma / zeta) = -2.398. W * z is what is saved.
---penalty LAMBDA is the paper's way: minimise L + LAMBDA E, from the first step, and what is kept
-follows. Without it an augmented Lagrangian (Wang, Wohlwend and Lei 2020, arXiv 1910.04732) steers
-k, the fraction of all weights whose S exceeds the threshold, to v:
+--penalty LAMBDA is the paper's way: minimise L + LAMBDA E (L is the loss) from the first step, and
+what is kept follows. Without it an augmented Lagrangian (Wang, Wohlwend and Lei 2020, arXiv
+1910.04732) steers k, the fraction of all N weights whose S exceeds the threshold, to v:
     h = k / v - 1,   minimise L + mu1 h + mu2 h^2,   after the step mu1 += 2 h and mu2 += 60 h^2
 Both multipliers start at 0; mu1 may become negative. k is a count and has no gradient: h gets its
 value from k and its gradient from E / v. At the end the scores nearest to the threshold are set
@@ -33,8 +33,8 @@ Symbols
     BETA, GAMMA, ZETA           2/3, -0.1, 1.1
     kept        k               fraction kept. excess: h. mu1, mu2: the multipliers
     v           v               fraction to keep at this step, on magnitude.py's cubic
-Unlike soft_mvp.py: the gate is random, takes any value from 0 to 1, and has a true gradient. The
-threshold is fixed; the penalty's weight steers what is kept. No matrix has a floor.
+Unlike mvp.py: the gate is random, takes any value from 0 to 1, and has a true gradient. The
+threshold is fixed, and a penalty steers what is kept. Unlike soft_mvp.py no matrix has a floor.
 Differs from Louizos et al., as the movement code does: a gate for each weight, not for each input
 neuron; log alpha is not clamped; no L2 penalty on W; no averaging of W over steps. u is drawn
 inside its interval, as theirs; the movement code clamps it. Ours: the steering, with its 2 and 60.
@@ -139,16 +139,16 @@ def flags():
 # ---- method
 
 def lr_factor(step, steps, warmup, lr_end):
-    """The learning rate as a fraction of its peak: linear up from 0, then linear down to lr_end."""
+    """The learning rate as a fraction of its peak: up (never 0), then down to lr_end, linearly."""
     rise = (step + 1) / max(1, warmup * steps)
     fall = (1 - lr_end) * (steps - step) / max(1, steps - warmup * steps)
     return min(1.0, rise, lr_end + fall)
 
 
-def task_loss(net, batch, teacher, T=2.0):
-    """The task's loss; with a teacher 0.1 of it + 0.9 T^2 KL(teacher || student).
+def task_loss(net, batch, teacher, temperature=2.0):
+    """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student).
 
-    T: temperature. SQuAD takes the mean KL of start and end. STS-B has one logit: its KL is 0.
+    SQuAD takes the mean KL of start and end. STS-B has one logit: its KL is 0.
     """
     out = net(**batch)
     if teacher is None:
@@ -158,9 +158,9 @@ def task_loss(net, batch, teacher, T=2.0):
     names = [name for name in out if name.endswith("logits")]
     kl = 0.0
     for name in names:
-        student = F.log_softmax(out[name].float() / T, dim=-1)
-        taught = F.softmax(target[name].float() / T, dim=-1)
-        kl += T * T * F.kl_div(student, taught, reduction="batchmean") / len(names)
+        student = F.log_softmax(out[name].float() / temperature, dim=-1)
+        taught = F.softmax(target[name].float() / temperature, dim=-1)
+        kl += temperature ** 2 * F.kl_div(student, taught, reduction="batchmean") / len(names)
     return 0.1 * out.loss + 0.9 * kl
 
 
@@ -178,10 +178,10 @@ THRESHOLD = math.log(-GAMMA / ZETA)             # -2.398: without noise, z > 0 w
 def gate(scores, noise=None):
     """The hard concrete gate z in [0, 1], (out, in); noise, log u - log(1 - u), is for training."""
     if noise is None:
-        s = torch.sigmoid(scores)               # no temperature either, as in both official codes
+        q = torch.sigmoid(scores)               # no temperature either, as in both official codes
     else:
-        s = torch.sigmoid((noise + scores) / BETA)
-    return (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+        q = torch.sigmoid((noise + scores) / BETA)
+    return (q * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
 
 def expected_l0(scores):
@@ -307,7 +307,7 @@ def main(args):
     for layer, m in zip(layers.values(), gated):
         parametrize.register_parametrization(layer, "weight", m)
     scores = [m.scores for m in gated]                                 # S: (out, in) each
-    # Ten times faster than in soft_mvp.py (not on QQP): a gate has to go from 2.197 down to -2.398.
+    # Ten times faster than in mvp.py (not on QQP): a gate has to go from 2.197 down to -2.398.
     groups.append({"params": scores, "lr": args.score_lr, "initial_lr": args.score_lr,
                    "weight_decay": 0.0})
     state.update(mu1=0.0, mu2=0.0)                                        # the multipliers

@@ -132,16 +132,16 @@ def flags():
 # ---- method
 
 def lr_factor(step, steps, warmup, lr_end):
-    """The learning rate as a fraction of its peak: linear up from 0, then linear down to lr_end."""
+    """The learning rate as a fraction of its peak: up (never 0), then down to lr_end, linearly."""
     rise = (step + 1) / max(1, warmup * steps)
     fall = (1 - lr_end) * (steps - step) / max(1, steps - warmup * steps)
     return min(1.0, rise, lr_end + fall)
 
 
-def task_loss(net, batch, teacher, T=2.0):
-    """The task's loss; with a teacher 0.1 of it + 0.9 T^2 KL(teacher || student).
+def task_loss(net, batch, teacher, temperature=2.0):
+    """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student).
 
-    T: temperature. SQuAD takes the mean KL of start and end. STS-B has one logit: its KL is 0.
+    SQuAD takes the mean KL of start and end. STS-B has one logit: its KL is 0.
     """
     out = net(**batch)
     if teacher is None:
@@ -151,9 +151,9 @@ def task_loss(net, batch, teacher, T=2.0):
     names = [name for name in out if name.endswith("logits")]
     kl = 0.0
     for name in names:
-        student = F.log_softmax(out[name].float() / T, dim=-1)
-        taught = F.softmax(target[name].float() / T, dim=-1)
-        kl += T * T * F.kl_div(student, taught, reduction="batchmean") / len(names)
+        student = F.log_softmax(out[name].float() / temperature, dim=-1)
+        taught = F.softmax(target[name].float() / temperature, dim=-1)
+        kl += temperature ** 2 * F.kl_div(student, taught, reduction="batchmean") / len(names)
     return 0.1 * out.loss + 0.9 * kl
 
 
@@ -173,8 +173,7 @@ def kth_largest(x, k):
 
 
 def top_v(scores, v):
-    """M = Top_v(S): True for the largest round(v n), 1 at least, of n elements; of ties the first.
-    """
+    """Top_v: True for the largest round(v n), 1 at least, of n scores; of equal ones the first."""
     flat = scores.flatten()
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)
@@ -389,7 +388,7 @@ def main(args):
             os.replace(out / "checkpoint.part", checkpoint)
 
     # <method: bake>
-    # Masks for v_f itself; then W * M, zeros included, becomes the weight of a plain nn.Linear.
+    # The last step moved what is ranked: M for v_f once more. W * M becomes the plain weight.
     goal = args.sparsity
     update_masks(masked, [w.detach().abs() for w in weights], goal, args.scope)
     for layer in layers.values():

@@ -6,13 +6,13 @@ Idea: assume before training that most weights are close to 0 and some are not. 
 thin spike at 0 and a wide slab. Training looks for the weights most probable under data and prior
 (MAP): the spike holds small weights at 0, and the slab hardly pulls on large ones.
     pi(w) = lam p(w; s1) + (1 - lam) p(w; s0)              p(w; s): normal density, variance s
-    g(w)  = 1 / (1 + exp(c1 + c2 w^2))                     the spike's share of pi at w
+    g(w)  = 1 / (1 + exp(c1 + c2 w^2))                     = (1 - lam) p(w; s0) / pi(w), by Bayes
     c1    = log(lam / (1 - lam)) + log(s0 / s1) / 2
     c2    = 1 / (2 s0) - 1 / (2 s1)
     -grad log pi(w) = w (g / s0 + (1 - g) / s1)            strong where |w| < 5e-5 or so, else weak
     gradient = dL/dW - (1 / n) grad log pi(W)              both parts go into AdamW's moments
 The posterior adds the losses of n training examples and one prior; L is the mean of these losses,
-so the prior is divided by n too. lam falls linearly from 0.1 (to t_i T) to 1e-4 (at T - t_f T).
+so the prior is divided by n too. lam is 0.1 until t_i T and falls linearly to 1e-4 at T - t_f T.
 When are weights zeroed? After t steps: first t = t_i T (rounded up), last t = T - t_f T (rounded),
 and between them each t that `interval` divides. The smallest |w| of all matrices together become
 0, so that round(v N) of all N weights remain:
@@ -20,10 +20,10 @@ and between them each t that `interval` divides. The smallest |w| of all matrice
 Until the last zeroing a zeroed weight is free to move. One step later nearly all differ from 0
 again (a log line written then says: kept 100 %, no goal), but the next threshold comes before they
 have grown past it: in our run none came back. At the last zeroing the prior stops, and zeros stay.
-Does the spike hold weights at 0? With the mini preset's lr a step of AdamW is 50 times as wide as
-the spike. A weight that lands in it gets so large a gradient that AdamW throws it far away. Only
-late, at a small lr, it holds. On mini/'s questions it costs five points of F1 at 10 % kept and is
-worth two at 3 % (beside --mix 1). The paper's lr is ten times smaller.
+Does the spike hold weights at 0? With the mini preset's lr a step of AdamW is 50 of the spike's
+standard deviations (1e-5) long. A weight that lands in it gets so large a gradient that AdamW
+throws it far away. Only late, at a small lr, it holds. On mini/'s questions it costs five points of
+F1 at 10 % kept and is worth two at 3 % (beside --mix 1). The paper's lr is ten times smaller.
 The paper proves the prior consistent; that is said of the posterior for large n, not of AdamW.
 
 Symbols
@@ -41,7 +41,7 @@ the author's AdamW, text lengths and schedules (on SQuAD and QNLI v_i = 0.5). Th
 
 Run (measured results: results/README.md)
     python mgpp.py --task squad --sparsity 0.1         mini/'s small BERT, two minutes on a CPU
-    python mgpp.py --mix 1                             plain L2; --preset paper: BERT-base
+    python mgpp.py --mix 1 --out out/l2                plain L2; --preset paper: BERT-base
 Last line: RESULT mgpp squad keeps 10.00% (prunes 90.00%) EM .. F1 .. | ..
 """
 import argparse
@@ -149,16 +149,16 @@ def flags():
 # ---- method
 
 def lr_factor(step, steps, warmup, lr_end):
-    """The learning rate as a fraction of its peak: linear up from 0, then linear down to lr_end."""
+    """The learning rate as a fraction of its peak: up (never 0), then down to lr_end, linearly."""
     rise = (step + 1) / max(1, warmup * steps)
     fall = (1 - lr_end) * (steps - step) / max(1, steps - warmup * steps)
     return min(1.0, rise, lr_end + fall)
 
 
-def task_loss(net, batch, teacher, T=2.0):
-    """The task's loss; with a teacher 0.1 of it + 0.9 T^2 KL(teacher || student).
+def task_loss(net, batch, teacher, temperature=2.0):
+    """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student).
 
-    T: temperature. SQuAD takes the mean KL of start and end. STS-B has one logit: its KL is 0.
+    SQuAD takes the mean KL of start and end. STS-B has one logit: its KL is 0.
     """
     out = net(**batch)
     if teacher is None:
@@ -168,9 +168,9 @@ def task_loss(net, batch, teacher, T=2.0):
     names = [name for name in out if name.endswith("logits")]
     kl = 0.0
     for name in names:
-        student = F.log_softmax(out[name].float() / T, dim=-1)
-        taught = F.softmax(target[name].float() / T, dim=-1)
-        kl += T * T * F.kl_div(student, taught, reduction="batchmean") / len(names)
+        student = F.log_softmax(out[name].float() / temperature, dim=-1)
+        taught = F.softmax(target[name].float() / temperature, dim=-1)
+        kl += temperature ** 2 * F.kl_div(student, taught, reduction="batchmean") / len(names)
     return 0.1 * out.loss + 0.9 * kl
 
 
@@ -213,8 +213,7 @@ def kth_largest(x, k):
 
 
 def top_v(scores, v):
-    """M = Top_v(S): True for the largest round(v n), 1 at least, of n elements; of ties the first.
-    """
+    """Top_v: True for the largest round(v n), 1 at least, of n scores; of equal ones the first."""
     flat = scores.flatten()
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)

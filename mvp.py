@@ -19,13 +19,13 @@ falls. (A masked W soon stands still; its score goes on learning.) Plain gradien
 constant learning rate lr_S would make S = -lr_S times the sum over steps of dL/dW' * W. AdamW
 divides each step of a score by the recent size of its own gradients. So S tells how steadily a
 weight was pushed away from 0, and not how far.
-Can it fail? Yes, and speed seems to matter. On SST-2, with all else fixed, removing the 1 % of
+Can it fail? Yes, and speed may matter. On SST-2, with all else fixed, removing the 1 % of
 lowest scores raises the loss from .31 to .80; 1 % at random costs nothing, and neither does taking
 a tenth of each of the lowest away. So these weights act together: to remove them at once is a step
 too long. Our run of 1,200 steps to 10 % is at chance when 93 % are kept; then gradients vanish,
-scores stand still, and hardly a weight comes back. A run ten times slower (the paper's is slower
-still) is not at chance at 90 % kept, where we last looked. Our run with soft_mvp.py's penalty holds
-to the end. Not explained: three runs to 3 % recovered (accuracy 78), and a repeat of one did not.
+scores stand still, and hardly a weight comes back. A run ten times slower had a loss of .53 at
+90 % kept, rising (chance: .69), when we stopped it. Our run with soft_mvp.py's penalty holds to the
+end. Not explained: three runs to 3 % recovered (accuracy 78), and a repeat of one did not.
 
 Symbols
     weight    W          (out, in), one of the six matrices of an encoder layer
@@ -41,7 +41,7 @@ Left out: other starts of the scores.
 
 Run (measured results: results/README.md)
     python mvp.py --task squad --sparsity 0.1          mini/'s small BERT, two minutes on a CPU
-    python mvp.py --scope global                       one ranking; --preset paper: BERT-base
+    python mvp.py --scope global --out out/global      one ranking; --preset paper: BERT-base
 Last line: RESULT mvp squad keeps 10.00% (prunes 90.00%) EM .. F1 .. | ..
 """
 import argparse
@@ -137,16 +137,16 @@ def flags():
 # ---- method
 
 def lr_factor(step, steps, warmup, lr_end):
-    """The learning rate as a fraction of its peak: linear up from 0, then linear down to lr_end."""
+    """The learning rate as a fraction of its peak: up (never 0), then down to lr_end, linearly."""
     rise = (step + 1) / max(1, warmup * steps)
     fall = (1 - lr_end) * (steps - step) / max(1, steps - warmup * steps)
     return min(1.0, rise, lr_end + fall)
 
 
-def task_loss(net, batch, teacher, T=2.0):
-    """The task's loss; with a teacher 0.1 of it + 0.9 T^2 KL(teacher || student).
+def task_loss(net, batch, teacher, temperature=2.0):
+    """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student).
 
-    T: temperature. SQuAD takes the mean KL of start and end. STS-B has one logit: its KL is 0.
+    SQuAD takes the mean KL of start and end. STS-B has one logit: its KL is 0.
     """
     out = net(**batch)
     if teacher is None:
@@ -156,9 +156,9 @@ def task_loss(net, batch, teacher, T=2.0):
     names = [name for name in out if name.endswith("logits")]
     kl = 0.0
     for name in names:
-        student = F.log_softmax(out[name].float() / T, dim=-1)
-        taught = F.softmax(target[name].float() / T, dim=-1)
-        kl += T * T * F.kl_div(student, taught, reduction="batchmean") / len(names)
+        student = F.log_softmax(out[name].float() / temperature, dim=-1)
+        taught = F.softmax(target[name].float() / temperature, dim=-1)
+        kl += temperature ** 2 * F.kl_div(student, taught, reduction="batchmean") / len(names)
     return 0.1 * out.loss + 0.9 * kl
 
 
@@ -178,8 +178,7 @@ def kth_largest(x, k):
 
 
 def top_v(scores, v):
-    """M = Top_v(S): True for the largest round(v n), 1 at least, of n elements; of ties the first.
-    """
+    """Top_v: True for the largest round(v n), 1 at least, of n scores; of equal ones the first."""
     flat = scores.flatten()
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)
@@ -415,7 +414,7 @@ def main(args):
             os.replace(out / "checkpoint.part", checkpoint)
 
     # <method: bake>
-    # Masks for v_f itself; then W * M, zeros included, becomes the weight of a plain nn.Linear.
+    # The last step moved what is ranked: M for v_f once more. W * M becomes the plain weight.
     goal = args.sparsity
     update_masks(masked, scores, goal, args.scope)
     if masked:

@@ -13,16 +13,16 @@ would hardly press harder. So Adam takes a step on f0 alone, w -> a. Then each a
 Reweighted: the steps before the last recover T are cut into rounds of equal length (rounded up to
 whole steps). In the first round all alpha_i are 1. At the end of round number k, from 1,
     alpha_i = 1 / (|w_i|^p + eps),   p = min(k, 5), or 1 with --gamma       eps = 1e-9 (recalled)
-From then on small weights are pressed harder than large ones, the more so the higher p (but at p =
-5 |w|^p is below eps for all |w| < 0.016). With p = 1 each weight that is not 0 adds about 1 to the
-sum, so the sum counts them. A weight at 0 comes back only if a step of Adam is longer than lr_t
-gamma alpha_i, hardly ever once its alpha_i is 1 / eps. After the last round zeros are held.
+From then on small weights are pressed harder than large ones, the more so the higher p (with p = 5
+only where |w| > 0.016: below it, eps is larger than |w|^p). With p = 1 each weight that is not 0
+adds about 1: the sum counts them. A weight at 0 comes back only if a step of Adam is longer than
+lr_t gamma alpha_i, hardly ever once its alpha_i is 1 / eps. After the last round zeros are held.
 gamma is solved for at each step, so that round(v N) of all N weights remain (rounding in floating
 point can spare one more): the weights with the smallest |a_i| / alpha_i go, and lr_t gamma is the
 largest quotient among those that go.
     v = v_f + (1 - v_f) (1 - t / ((1 - recover) T))^3      after t of T steps, then v_f, --sparsity
-As alpha_i falls with |w_i|, this is nearly Top_v of |a| (on mini/ at most 0.05 % of a step's
-survivors differ). What differs more is that the survivors shrink, by lr_t gamma alpha_i.
+As alpha_i is small where |w_i| is large, this is nearly Top_v of |a| (on mini/ at most 0.05 % of a
+step's survivors differ). What differs more is that the survivors shrink, by lr_t gamma alpha_i.
 --gamma G is the paper's open loop, with p = 1: gamma = G at each step (recalled: 1e-5 to 1e-2).
 
 Symbols
@@ -34,9 +34,9 @@ Symbols
 Unlike magnitude.py: all pruning comes before fine-tuning, which keeps the zeros by zeroing their
 gradients. --nip is the paper's baseline, plain magnitude pruning: the smallest |w| go for good, in
 m = round(10 (1 - v_f)) equal cuts, cut j after j / m of the rounds' time (recalled).
-Differs from the paper: gamma is solved for. The paper writes |w|^(t) (recalled), which we read as a
-power. A sibling of the paper (LinLabNEU/reweighted_prune4) means the iterate's number, the likelier
-reading: p = 1. On mini/'s questions that costs 11 points of F1 at 10 % kept, 14 or none at 40 %.
+Differs from the paper: gamma is solved for. The paper writes |w|^(t) (recalled). Code of the same
+lab (LinLabNEU/reweighted_prune4) means the iterate's number, so p = 1 is the likelier reading. A
+power scores better on mini/'s questions: by 11 points at 10 % kept, by 0 and 14 (two seeds) at 40.
 
 Run (measured results: results/README.md)
     python rpp.py --task squad --sparsity 0.4          mini/'s small BERT, three minutes on a CPU
@@ -156,16 +156,16 @@ def flags():
 # ---- method
 
 def lr_factor(step, steps, warmup, lr_end):
-    """The learning rate as a fraction of its peak: linear up from 0, then linear down to lr_end."""
+    """The learning rate as a fraction of its peak: up (never 0), then down to lr_end, linearly."""
     rise = (step + 1) / max(1, warmup * steps)
     fall = (1 - lr_end) * (steps - step) / max(1, steps - warmup * steps)
     return min(1.0, rise, lr_end + fall)
 
 
-def task_loss(net, batch, teacher, T=2.0):
-    """The task's loss; with a teacher 0.1 of it + 0.9 T^2 KL(teacher || student).
+def task_loss(net, batch, teacher, temperature=2.0):
+    """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student).
 
-    T: temperature. SQuAD takes the mean KL of start and end. STS-B has one logit: its KL is 0.
+    SQuAD takes the mean KL of start and end. STS-B has one logit: its KL is 0.
     """
     out = net(**batch)
     if teacher is None:
@@ -175,9 +175,9 @@ def task_loss(net, batch, teacher, T=2.0):
     names = [name for name in out if name.endswith("logits")]
     kl = 0.0
     for name in names:
-        student = F.log_softmax(out[name].float() / T, dim=-1)
-        taught = F.softmax(target[name].float() / T, dim=-1)
-        kl += T * T * F.kl_div(student, taught, reduction="batchmean") / len(names)
+        student = F.log_softmax(out[name].float() / temperature, dim=-1)
+        taught = F.softmax(target[name].float() / temperature, dim=-1)
+        kl += temperature ** 2 * F.kl_div(student, taught, reduction="batchmean") / len(names)
     return 0.1 * out.loss + 0.9 * kl
 
 
@@ -499,7 +499,7 @@ def main(args):
                     for w, stays in zip(weights, remains):
                         w.masked_fill_(~stays, 0.0)
                 if args.nip and height > int(step / rounds_end * stairs):
-                    row = torch.cat([w.abs().flatten() for w in weights])               # (n,)
+                    row = torch.cat([w.abs().flatten() for w in weights])               # (N,)
                     last = largest_to_go(row, v)
                     for w in weights:
                         w.masked_fill_(w.abs() <= last, 0.0)

@@ -3,9 +3,9 @@ Sanh, Wolf and Rush 2020, arXiv 2005.07683, section 4. Official code:
 huggingface/transformers-research-projects, movement-pruning, at fccd0cdab0 (mask
 "sigmoied_threshold", penalty "l1").
 
-Idea: soft movement is global movement plus a penalty. Scores S learn as in mvp.py: dL/dS = dL/dW' *
-W, as if there were no sigmoid either. One threshold for all matrices lets each matrix find its own
-density. A penalty presses all scores down.
+Idea: soft movement is global movement plus a penalty. The backward pass skips the sigmoid too, so
+scores S learn as in mvp.py: dL/dS = dL/dW' * W. One threshold for all matrices lets each matrix
+find its own density. A penalty presses all scores down.
     M = (sigmoid(S) > tau)
     minimise  L + lambda * mean over matrices of the mean of sigmoid(S) in the matrix
     r = 1 - (1 - (t - t_i T) / (T - t_i T - t_f T))^3      0 up to step t_i T, 1 after T - t_f T
@@ -22,10 +22,10 @@ Why a penalty, if tau is solved for? It pushes all scores of a matrix about equa
 would reorder nothing. But Adam divides each step of a score by the recent size of its gradient,
 loss plus penalty. A weight's dL/dW' * W changes its sign from batch to batch. Where it is small
 beside the penalty, the score sinks at full speed; where it is large, the score sinks slowly. So S
-comes to rank how much a weight matters, not which way it moved. During a run on SST-2 the rank
-correlation of S with the root mean square of dL/dW' * W so far climbs from 0.02 to 0.85. With
-lambda_f = 0 it stays at 0.02, and the run falls to chance as mvp.py's does. It also stays near 0
-under SGD, whatever lambda_f is, and those runs fall too (results/README.md).
+should come to rank the size of dL/dW' * W, not which way a weight moved. During a run on SST-2 its
+rank correlation with the root mean square of dL/dW' * W so far climbs from 0.02 to 0.85. Without
+the penalty, or under SGD, it stays near 0; but those runs fall to chance early, and then no ranking
+can form. So that Adam is the reason is our reading (results/README.md).
 
 Symbols
     weight    W          (out, in), one of the six matrices of an encoder layer
@@ -138,16 +138,16 @@ def flags():
 # ---- method
 
 def lr_factor(step, steps, warmup, lr_end):
-    """The learning rate as a fraction of its peak: linear up from 0, then linear down to lr_end."""
+    """The learning rate as a fraction of its peak: up (never 0), then down to lr_end, linearly."""
     rise = (step + 1) / max(1, warmup * steps)
     fall = (1 - lr_end) * (steps - step) / max(1, steps - warmup * steps)
     return min(1.0, rise, lr_end + fall)
 
 
-def task_loss(net, batch, teacher, T=2.0):
-    """The task's loss; with a teacher 0.1 of it + 0.9 T^2 KL(teacher || student).
+def task_loss(net, batch, teacher, temperature=2.0):
+    """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student).
 
-    T: temperature. SQuAD takes the mean KL of start and end. STS-B has one logit: its KL is 0.
+    SQuAD takes the mean KL of start and end. STS-B has one logit: its KL is 0.
     """
     out = net(**batch)
     if teacher is None:
@@ -157,9 +157,9 @@ def task_loss(net, batch, teacher, T=2.0):
     names = [name for name in out if name.endswith("logits")]
     kl = 0.0
     for name in names:
-        student = F.log_softmax(out[name].float() / T, dim=-1)
-        taught = F.softmax(target[name].float() / T, dim=-1)
-        kl += T * T * F.kl_div(student, taught, reduction="batchmean") / len(names)
+        student = F.log_softmax(out[name].float() / temperature, dim=-1)
+        taught = F.softmax(target[name].float() / temperature, dim=-1)
+        kl += temperature ** 2 * F.kl_div(student, taught, reduction="batchmean") / len(names)
     return 0.1 * out.loss + 0.9 * kl
 
 
@@ -179,8 +179,7 @@ def kth_largest(x, k):
 
 
 def top_v(scores, v):
-    """M = Top_v(S): True for the largest round(v n), 1 at least, of n elements; of ties the first.
-    """
+    """Top_v: True for the largest round(v n), 1 at least, of n scores; of equal ones the first."""
     flat = scores.flatten()
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)
@@ -430,7 +429,7 @@ def main(args):
             os.replace(out / "checkpoint.part", checkpoint)
 
     # <method: bake>
-    # Masks for v_f itself; then W * M, zeros included, becomes the weight of a plain nn.Linear.
+    # The last step moved what is ranked: M for v_f once more. W * M becomes the plain weight.
     goal = args.sparsity
     if args.penalty:
         goal = None

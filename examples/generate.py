@@ -102,8 +102,7 @@ def kth_largest(x, k):
 
 
 def top_v(scores, v):
-    """M = Top_v(S): True for the largest round(v n), 1 at least, of n elements; of ties the first.
-    """
+    """Top_v: True for the largest round(v n), 1 at least, of n scores; of equal ones the first."""
     flat = scores.flatten()
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)
@@ -410,7 +409,7 @@ def main(args):
         zero_smallest(weights, goal)
     if args.method == "soft_mvp":
         # ---- copied from soft_mvp.py: <method: bake>
-        # Masks for v_f itself; then W * M, zeros included, becomes the weight of a plain nn.Linear.
+        # The last step moved what is ranked: M for v_f once more. W * M becomes the plain weight.
         goal = args.sparsity
         if masked:
             update_masks(masked, scores, goal)
