@@ -40,7 +40,7 @@ neuron; log alpha is not clamped; no L2 penalty on W; no averaging of W over ste
 inside its interval, as theirs; the movement code clamps it. Ours: the steering, with its 2 and 60.
 
 Run (measured results: results/README.md)
-    python l0.py --task squad --sparsity 0.03          mini/'s small BERT, two minutes on a CPU
+    python l0.py --task squad --sparsity 0.03          mini/'s small BERT, minutes on a CPU
     python l0.py --penalty 300 --out out/open          the open loop; --preset paper: BERT-base
 Last line: RESULT l0 squad keeps 3.00% (prunes 97.00%) EM .. F1 .. | ..
 """
@@ -68,8 +68,8 @@ import common
 # ---- flags
 
 # <method: hyper-parameters>
-# The paper's, from the authors' run sheet. The mini preset and the tasks under "*", which the paper
-# did not run, are ours.
+# For squad, mnli and qqp the paper's, from the authors' run sheet; the mini preset and the other
+# tasks are ours.
 # warmup: fraction of the steps in which lr rises. lr_end: fraction of lr left after the last step.
 # t_i, t_f: fractions of the steps before pruning begins and after it has ended.
 # score_lr: peak learning rate of the scores. ascent: step sizes of mu1 and mu2, ours.

@@ -38,7 +38,7 @@ as kept weights, so its 3.14 % is our 3.00 %. The paper's text, but not its code
 weights learn.
 
 Run (measured results: results/README.md)
-    python magnitude.py --task squad --sparsity 0.1    mini/'s small BERT, two minutes on a CPU
+    python magnitude.py --task squad --sparsity 0.1    mini/'s small BERT, minutes on a CPU
     python magnitude.py --sparsity 1                   dense; --preset paper: BERT-base
 Last line: RESULT magnitude squad keeps 10.00% (prunes 90.00%) EM .. F1 .. | ..
 """
@@ -64,8 +64,8 @@ import common
 # ---- flags
 
 # <method: hyper-parameters>
-# The paper's, from the authors' run sheet. The mini preset and the tasks under "*", which the paper
-# did not run, are ours.
+# For squad, mnli and qqp the paper's, from the authors' run sheet; the mini preset and the other
+# tasks are ours.
 # warmup: fraction of the steps in which lr rises. lr_end: fraction of lr left after the last step.
 # t_i, t_f: fractions of the steps before pruning begins and after it has ended.
 # length: tokens in a text. clip: the norm to which all gradients together are clipped.
@@ -173,7 +173,7 @@ def kth_largest(x, k):
 
 
 def top_v(scores, v):
-    """Top_v: True for the largest round(v n), 1 at least, of n scores; of equal ones the first."""
+    """Top_v: True for the highest round(v * count) scores, 1 at least; of equal ones the first."""
     flat = scores.flatten()
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)

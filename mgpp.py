@@ -40,7 +40,7 @@ the author's AdamW, text lengths and schedules (on SQuAD and QNLI v_i = 0.5). Th
 1e-7 with sigma_0^2 at 1e-12 (Dec 2023), and 1e-3 (Oct 2024). Which made the tables is not known.
 
 Run (measured results: results/README.md)
-    python mgpp.py --task squad --sparsity 0.1         mini/'s small BERT, two minutes on a CPU
+    python mgpp.py --task squad --sparsity 0.1         mini/'s small BERT, minutes on a CPU
     python mgpp.py --mix 1 --out out/l2                plain L2; --preset paper: BERT-base
 Last line: RESULT mgpp squad keeps 10.00% (prunes 90.00%) EM .. F1 .. | ..
 """
@@ -67,12 +67,12 @@ import common
 # ---- flags
 
 # <method: hyper-parameters>
-# The paper's table where it has the task; the rest, and the mini preset, are ours.
+# The paper's table and the author's scripts; the mini preset and other tasks are ours.
 # warmup: fraction of the steps in which lr rises. lr_end: fraction of lr left after the last step.
 # t_i, t_f: fractions of the steps before pruning begins and after it has ended.
 # v_i: fraction kept at the first zeroing. spike, slab: variances. interval: steps between zeroings.
-# length: tokens in a text. clip: nothing is clipped. adam: AdamW's own; for mini torch's, as in the
-# other five scripts.
+# length: tokens in a text. clip: nothing is clipped. adam: its betas and eps; on mini and squad
+# torch's, as in the other five scripts.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
@@ -213,7 +213,7 @@ def kth_largest(x, k):
 
 
 def top_v(scores, v):
-    """Top_v: True for the largest round(v n), 1 at least, of n scores; of equal ones the first."""
+    """Top_v: True for the highest round(v * count) scores, 1 at least; of equal ones the first."""
     flat = scores.flatten()
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)

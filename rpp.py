@@ -39,7 +39,7 @@ lab (LinLabNEU/reweighted_prune4) means the iterate's number, so p = 1 is the li
 power scores better on mini/'s questions: by 11 points at 10 % kept, by 0 and 14 (two seeds) at 40.
 
 Run (measured results: results/README.md)
-    python rpp.py --task squad --sparsity 0.4          mini/'s small BERT, three minutes on a CPU
+    python rpp.py --task squad --sparsity 0.4          mini/'s small BERT, minutes on a CPU
     python rpp.py --preset paper --corpus FILE         BERT-base, on a GPU
     python rpp.py --task mnli --sparsity 0.4 --support out/rpp-squad-0.4-s0      another task
 Last line: RESULT rpp squad keeps 40.00% (prunes 60.00%) EM .. F1 .. | .. (seconds: of fine-tuning)

@@ -25,7 +25,7 @@ beside the penalty, the score sinks at full speed; where it is large, the score 
 should come to rank the size of dL/dW' * W, not which way a weight moved. During a run on SST-2 its
 rank correlation with the root mean square of dL/dW' * W so far climbs from 0.02 to 0.85. Without
 the penalty, or under SGD, it stays near 0; but those runs fall to chance early, and then no ranking
-can form. So that Adam is the reason is our reading (results/README.md).
+can form. Adam as the reason is our reading (results/README.md).
 
 Symbols
     weight    W          (out, in), one of the six matrices of an encoder layer
@@ -40,7 +40,7 @@ sigmoid(S). Differs from the official code, which has the formulas above: tau is
 what magnitude.py names. Left out: other starts of the scores.
 
 Run (measured results: results/README.md)
-    python soft_mvp.py --task squad --sparsity 0.03    mini/'s small BERT, two minutes on a CPU
+    python soft_mvp.py --task squad --sparsity 0.03    mini/'s small BERT, minutes on a CPU
     python soft_mvp.py --penalty 500 --out out/open    the open loop; --preset paper: BERT-base
 Last line: RESULT soft_mvp squad keeps 3.00% (prunes 97.00%) EM .. F1 .. | ..
 """
@@ -66,8 +66,8 @@ import common
 # ---- flags
 
 # <method: hyper-parameters>
-# The paper's, from the authors' run sheet. The mini preset and the tasks under "*", which the paper
-# did not run, are ours.
+# For squad, mnli and qqp the paper's, from the authors' run sheet; the mini preset and the other
+# tasks are ours.
 # warmup: fraction of the steps in which lr rises. lr_end: fraction of lr left after the last step.
 # t_i, t_f: fractions of the steps before pruning begins and after it has ended.
 # score_lr: peak learning rate of the scores. lambda_f: weight of the penalty at the end, of the
@@ -179,7 +179,7 @@ def kth_largest(x, k):
 
 
 def top_v(scores, v):
-    """Top_v: True for the largest round(v n), 1 at least, of n scores; of equal ones the first."""
+    """Top_v: True for the highest round(v * count) scores, 1 at least; of equal ones the first."""
     flat = scores.flatten()
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)

@@ -102,7 +102,7 @@ def kth_largest(x, k):
 
 
 def top_v(scores, v):
-    """Top_v: True for the largest round(v n), 1 at least, of n scores; of equal ones the first."""
+    """Top_v: True for the highest round(v * count) scores, 1 at least; of equal ones the first."""
     flat = scores.flatten()
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)
