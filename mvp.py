@@ -19,13 +19,13 @@ falls. (A masked W soon stands still; its score goes on learning.) Plain gradien
 constant learning rate lr_S would make S = -lr_S times the sum over steps of dL/dW' * W. AdamW
 divides each step of a score by the recent size of its own gradients. So S tells how steadily a
 weight was pushed away from 0, and not how far.
-Can it fail? Yes, and speed may matter. On SST-2, with all else fixed, removing the 1 % of
-lowest scores raises the loss from .31 to .80; 1 % at random costs nothing, and neither does taking
-a tenth of each of the lowest away. So these weights act together: to remove them at once is a step
-too long. Our run of 1,200 steps to 10 % is at chance when 93 % are kept; then gradients vanish,
-scores stand still, and hardly a weight comes back. A run ten times slower had a loss of .53 at
-90 % kept, rising (chance: .69), when we stopped it. Our run with soft_mvp.py's penalty holds to the
-end. Not explained: three runs to 3 % recovered (accuracy 78), and a repeat of one did not.
+Can it fail? Yes, and speed may matter. On SST-2, with all else fixed, removing the 1 % of lowest
+scores raises the loss from .31 to .80; 1 % at random costs nothing, and neither does taking a tenth
+of each of the lowest away. Our reading: these weights act together, and to remove them at once is a
+step too long. Our run of 1,200 steps to 10 % is at chance when 93 % are kept: gradients vanish,
+scores stand still, and hardly a weight comes back. 3,000 steps end at chance too. A run of 12,000
+had a loss of .53 at 90 % kept, rising (chance: .69), when we stopped it. Soft movement's penalty
+holds our run. Not explained: three runs to 3 % ended at an accuracy of 78, and a repeat did not.
 
 Symbols
     weight    W          (out, in), one of the six matrices of an encoder layer

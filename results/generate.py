@@ -4,8 +4,9 @@
     python results/generate.py magnitude --sparsity 0.1 --seed 0 --out FOLDER              one run
     python results/generate.py l2 --sparsity 0.1 --seed 0 --out FOLDER                     one run
 
-Three methods are not in the example and come from this file. magnitude: magnitude.py's masks take
-the place of soft movement's, and the penalty is 0. l2: MGPP without the spike (mix = 1).
+Four methods are not in the example and come from this file. magnitude: magnitude.py's masks take
+the place of soft movement's, and the penalty is 0. l2: MGPP without the spike (mix = 1). l2_clip:
+the same, with gradients clipped to norm 1 as in the other methods.
 soft_mvp_local: soft movement in which each matrix keeps the same fraction. A finished run
 (result.json under --runs) is not made again.
 """
@@ -31,6 +32,19 @@ def run_l2(flags):
     args = generate.flags().parse_args(["--method", "mgpp", *flags])
     args.mix = 1.0
     generate.main(args)
+
+
+def run_l2_clip(flags):
+    """Run l2 with an AdamW that clips all gradients together first."""
+    step = torch.optim.AdamW.step
+
+    def clip_and_step(optimizer, closure=None):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        return step(optimizer, closure)
+
+    torch.optim.AdamW.step = clip_and_step
+    run_l2(flags)
 
 
 def run_soft_mvp_local(flags):
@@ -66,7 +80,8 @@ def run_magnitude(flags):
     generate.main(args)
 
 
-OWN = {"magnitude": run_magnitude, "l2": run_l2, "soft_mvp_local": run_soft_mvp_local}
+OWN = {"magnitude": run_magnitude, "l2": run_l2, "l2_clip": run_l2_clip,
+       "soft_mvp_local": run_soft_mvp_local}
 
 
 def row_of(out, method, sparsity, seed, words):
@@ -94,7 +109,7 @@ def main():
     wanted = [("dense", "1")]
     wanted += [(method, sparsity) for sparsity in ("0.3", "0.1", "0.03")
                for method in ("magnitude", "mgpp", "l2", "soft_mvp")]
-    wanted += [("soft_mvp_local", "0.1")]
+    wanted += [("soft_mvp_local", "0.1"), ("l2_clip", "0.1")]
     for seed in ("0", "1", "2"):                # one seed of everything, then the second
         for method, sparsity in wanted:
             out = (args.runs / f"{method}-{sparsity}-s{seed}").resolve()

@@ -116,7 +116,7 @@ def test_table_of_generation():
         em = ", ".join(f"{seed[0]:.1f}" for seed in seeds)
         rouge = " | ".join(f"{x:.1f}" for x in np.mean(seeds, axis=0)[1:])
         assert f"| {name} | {em} | {rouge} |" in section
-    assert len(measured) == 14
+    assert len(measured) == 15
 
 
 @pytest.mark.parametrize("method", METHODS)
