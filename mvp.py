@@ -23,9 +23,9 @@ Can it fail? Yes, and speed may matter. On SST-2, with all else fixed, removing 
 scores raises the loss from .31 to .80; 1 % at random costs nothing, and neither does taking a tenth
 of each of the lowest away. Our reading: these weights act together, and to remove them at once is a
 step too long. Our run of 1,200 steps to 10 % is at chance when 93 % are kept: gradients vanish,
-scores stand still, and hardly a weight comes back. 3,000 steps end at chance too. A run of 12,000
-had a loss of .53 at 90 % kept, rising (chance: .69), when we stopped it. Soft movement's penalty
-holds our run. Not explained: three runs to 3 % ended at an accuracy of 78, and a repeat did not.
+scores stand still, and hardly a weight comes back. A run of 3,000 ends at chance too. One of 12,000
+had a loss of .53 at 90 % kept, rising (chance: .69), when we stopped it. With soft_mvp.py's penalty
+the run holds. Not explained: three runs to 3 % ended at an accuracy of 78, and a repeat did not.
 
 Symbols
     weight    W          (out, in), one of the six matrices of an encoder layer

@@ -22,10 +22,10 @@ Why a penalty, if tau is solved for? It pushes all scores of a matrix about equa
 would reorder nothing. But Adam divides each step of a score by the recent size of its gradient,
 loss plus penalty. A weight's dL/dW' * W changes its sign from batch to batch. Where it is small
 beside the penalty, the score sinks at full speed; where it is large, the score sinks slowly. So S
-should come to rank the size of dL/dW' * W, not which way a weight moved. During a run on SST-2 its
-rank correlation with the root mean square of dL/dW' * W so far climbs from 0.02 to 0.85. Without
+should come to rank the size of dL/dW' * W, not which way a weight moved. During a run on SST-2 the
+rank correlation of S with this size (its root mean square so far) climbs from 0.02 to 0.85. Without
 the penalty, or under SGD, it stays near 0; but those runs fall to chance early, and then no ranking
-can form. Adam as the reason is our reading (results/README.md).
+can form. That Adam is the reason is our reading (results/README.md).
 
 Symbols
     weight    W          (out, in), one of the six matrices of an encoder layer

@@ -6,9 +6,9 @@
 
 Four methods are not in the example and come from this file. magnitude: magnitude.py's masks take
 the place of soft movement's, and the penalty is 0. l2: MGPP without the spike (mix = 1). l2_clip:
-the same, with gradients clipped to norm 1 as in the other methods.
-soft_mvp_local: soft movement in which each matrix keeps the same fraction. A finished run
-(result.json under --runs) is not made again.
+the same, with gradients clipped to norm 1 as in the other methods. soft_mvp_local: soft movement
+in which each matrix keeps the same fraction. A finished run (result.json under --runs) is not made
+again.
 """
 import argparse
 import json

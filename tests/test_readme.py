@@ -50,9 +50,14 @@ def rows(name):
     return [line.split("\t") for line in lines[1:-1]]
 
 
+def values(scores):
+    """[12.5, 15.0] of "EM 12.5 F1 15.0"."""
+    return [float(x) for x in scores.split()[1::2]]
+
+
 def mean(name, column, task, v):
     """The text that a table has for these runs."""
-    found = [[float(x) for x in row[5].split()[1::2]] for row in rows(name)
+    found = [values(row[5]) for row in rows(name)
              if row[:2] == [column, task] and float(row[2]) == v]
     return " / ".join(f"{x:.1f}" for x in np.mean(found, axis=0)) + f" ({len(found)})"
 
@@ -100,7 +105,7 @@ def test_tables_of_sweeps(question, heading):
 def test_table_of_rankings():
     assert len(rows("ranking.tsv")) == 10
     for method, task, kept, _, *shares, scores, _ in rows("ranking.tsv"):
-        score = " / ".join(f"{float(x):.1f}" for x in scores.split()[1::2])
+        score = " / ".join(f"{x:.1f}" for x in values(scores))
         cells = [f"{task}, {float(kept):g} %", method, *shares, score]
         assert f"| {' | '.join(cells)} |" in RESULTS
 
@@ -110,7 +115,7 @@ def test_table_of_generation():
     section = RESULTS.split("## Text generation")[1].split("\n## ")[0]
     measured = {}
     for method, sparsity, _, _, scores, *_ in rows("generate.tsv"):
-        measured.setdefault((method, sparsity), []).append(list(map(float, scores.split()[1::2])))
+        measured.setdefault((method, sparsity), []).append(values(scores))
     for (method, sparsity), seeds in measured.items():
         name = method if method == "dense" else f"{method}, {100 * float(sparsity):g} %"
         em = ", ".join(f"{seed[0]:.1f}" for seed in seeds)
