@@ -1,5 +1,7 @@
 """Data loading and BERT loading for the six scripts; methods and training are in the scripts.
 
+A reader of the scripts needs from here: Data (its batches, collate and evaluate), load_bert,
+prunable and count_kept. The rest reads files and computes each task's official metrics.
 In order: the tasks and their files · features · metrics · a task's data · BERT.
 A user's mistake (a file that is absent, a row that is cut short, a folder without a BERT) ends in
 SystemExit with one sentence that says what to do.
@@ -31,33 +33,27 @@ transformers.utils.logging.disable_progress_bar()
 
 MINI = Path(__file__).resolve().parent / "mini"
 SQUAD_URL = "https://rajpurkar.github.io/SQuAD-explorer/dataset/"
-SQUAD_SHA256 = {
-    "train-v1.1.json": "3527663986b8295af4f7fcdff1ba1ff3f72d07d61a20f487cb238a6ef92fd955",
-    "dev-v1.1.json": "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9",
-}
+SQUAD_DEV_SHA256 = "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9"
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
 SAME = ["0", "1"]
 NLI = ["entailment", "neutral", "contradiction"]
 ENTAILS = ["entailment", "not_entailment"]
+NUMBER = ["score"]                              # no classes: the model has one output, a number
 
-# texts and label are names of columns. labels: None for a number, [] for the training file's own.
-Glue = collections.namedtuple("Glue", "folder zip texts label labels")
+# Where a task's files are, and the columns that it reads: text, for pairs text2, and label.
+# classes: the names of the classes in order; None: those of the training file.
+Layout = collections.namedtuple("Layout", "folder archive text text2 label classes")
 TASKS = {
-    "squad": None,
-    "mnli": Glue("glue/MNLI", "MNLI.zip",
-                 ["sentence1", "sentence2"], "gold_label", NLI),
-    "qqp": Glue("glue/QQP", "QQP-clean.zip",
-                ["question1", "question2"], "is_duplicate", SAME),
-    "cola": Glue("glue/CoLA", "CoLA.zip", ["sentence"], "label", SAME),
-    "sst2": Glue("glue/SST-2", "SST-2.zip", ["sentence"], "label", SAME),
-    "mrpc": Glue("glue/MRPC", None, ["#1 String", "#2 String"], "Quality", SAME),
-    "stsb": Glue("glue/STS-B", "STS-B.zip",
-                 ["sentence1", "sentence2"], "score", None),
-    "qnli": Glue("glue/QNLI", "QNLIv2.zip",
-                 ["question", "sentence"], "label", ENTAILS),
-    "rte": Glue("glue/RTE", "RTE.zip",
-                ["sentence1", "sentence2"], "label", ENTAILS),
-    "tsv": Glue("tsv", None, ["text", "text2"], "label", []),
+    "squad": None,                              # JSON: read_squad
+    "mnli": Layout("glue/MNLI", "MNLI.zip", "sentence1", "sentence2", "gold_label", NLI),
+    "qqp": Layout("glue/QQP", "QQP-clean.zip", "question1", "question2", "is_duplicate", SAME),
+    "cola": Layout("glue/CoLA", "CoLA.zip", "sentence", None, "label", SAME),
+    "sst2": Layout("glue/SST-2", "SST-2.zip", "sentence", None, "label", SAME),
+    "mrpc": Layout("glue/MRPC", None, "#1 String", "#2 String", "Quality", SAME),
+    "stsb": Layout("glue/STS-B", "STS-B.zip", "sentence1", "sentence2", "score", NUMBER),
+    "qnli": Layout("glue/QNLI", "QNLIv2.zip", "question", "sentence", "label", ENTAILS),
+    "rte": Layout("glue/RTE", "RTE.zip", "sentence1", "sentence2", "label", ENTAILS),
+    "tsv": Layout("tsv", None, "text", "text2", "label", None),         # text2 may be absent
 }
 
 
@@ -65,10 +61,16 @@ def dev_names(task):
     return ["dev_matched", "dev_mismatched"] if task == "mnli" else ["dev"]
 
 
+def task_files(task, folder):
+    """{name: path} of the task's files: train, and dev (of MNLI: dev_matched, dev_mismatched)."""
+    names = ["train", *dev_names(task)]
+    if task == "squad":
+        return {name: Path(folder) / "squad" / f"{name}-v1.1.json" for name in names}
+    return {name: Path(folder) / TASKS[task].folder / f"{name}.tsv" for name in names}
+
+
 def fetch(url, path, sha256=None):
-    """Download url to path, unless it is there, with a progress bar; sha256: of the whole file."""
-    if path.exists():
-        return
+    """Download url to path, with a progress bar; sha256: of the whole file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
@@ -78,26 +80,29 @@ def fetch(url, path, sha256=None):
 
 
 def download(task, data):
-    """Fetch the task's files that are not under the folder data, from the data set's own site."""
-    data = Path(data)
-    if task == "squad":
-        for name, sha256 in SQUAD_SHA256.items():
-            fetch(SQUAD_URL + name, data / "squad" / name, sha256)
+    """Fetch the task's files from the data set's own site, if the folder data has none of them."""
+    paths = task_files(task, data)
+    missing = [path for path in paths.values() if not path.exists()]
+    if not missing:
         return
-    files = TASKS[task]
-    paths = [data / files.folder / f"{name}.tsv" for name in ["train", *dev_names(task)]]
-    missing = [path for path in paths if not path.exists()]
-    if missing and files.zip:
-        archive = data / "glue" / files.zip
-        fetch(GLUE_URL + files.zip, archive)
-        if not zipfile.is_zipfile(archive):     # the connection broke: a part was saved
-            archive.unlink()
-            raise SystemExit(f"{archive} was not downloaded whole: start again")
-        for path in missing:
-            zipfile.ZipFile(archive).extract(f"{path.parent.name}/{path.name}", archive.parent)
-    elif missing and task == "mrpc":
-        raise SystemExit(f"{missing[0]} is absent, and MRPC has no such file to download: "
-                         "make it with GLUE's own script from Microsoft's paraphrase corpus")
+    if task in ("mrpc", "tsv"):
+        raise SystemExit(f"{missing[0]} is absent, and {task} has no such file to download: put "
+                         "yours there (MRPC's: GLUE's own script makes it of Microsoft's corpus)")
+    if len(missing) < len(paths):               # a user's own: official ones would not belong to it
+        raise SystemExit(f"{missing[0]} is absent, but its folder holds a file of the same task: "
+                         "put it there, or empty the folder and the whole task is downloaded")
+    if task == "squad":
+        fetch(SQUAD_URL + "dev-v1.1.json", paths["dev"], SQUAD_DEV_SHA256)
+        fetch(SQUAD_URL + "train-v1.1.json", paths["train"])
+        return
+    archive = Path(data) / "glue" / TASKS[task].archive
+    if not archive.exists():
+        fetch(GLUE_URL + archive.name, archive)
+    if not zipfile.is_zipfile(archive):         # the connection broke: a part was saved
+        archive.unlink()
+        raise SystemExit(f"{archive} was not downloaded whole: start again")
+    for path in missing:
+        zipfile.ZipFile(archive).extract(f"{path.parent.name}/{path.name}", archive.parent)
 
 
 def read_text(path):
@@ -111,63 +116,83 @@ def read_text(path):
     return text
 
 
-def read_tsv(path, task, labels):
-    """The rows of a tab-separated file without quoting, and the task's labels.
+def read_tsv(path, task, classes):
+    """The rows of a tab-separated file without quoting, and the names of the classes.
 
-    Returns ([(text, second text or None, label)], labels). A label is its place in labels, or a
-    number where labels is None. Where labels is [], they are those of this file.
+    Returns ([(text, second text or None, label)], classes). A label is the number of its class,
+    from 0, or the number itself where classes is NUMBER. classes None: those of this file.
     """
-    files = TASKS[task]
+    layout = TASKS[task]
     lines = read_text(path).rstrip("\r\n").split("\n")
     table = [line.rstrip("\r").split("\t") for line in lines]
     if task == "cola":                          # GLUE's CoLA is the one file without a header
-        table.insert(0, ["source", "label", "star", "sentence"])
-    header = table[0]
-    wanted = [name for name in [*files.texts, files.label] if name != "text2" or name in header]
-    for name in wanted:
-        if name not in header:
-            raise SystemExit(f"{path}, line 1: the header has no column {name!r}: add it")
-    places = [header.index(name) for name in wanted]
-    first = 1 if task == "cola" else 2          # the number of the first row's line
-    cells = []
-    for number, row in enumerate(table[1:], first):
-        if len(row) <= max(places):
-            raise SystemExit(f"{path}, line {number}: the row is cut short: complete or delete it")
-        cells.append([row[place] for place in places])
-    if labels == []:
-        labels = sorted({label for *_, label in cells})
-    rows = []
-    for number, (*texts, label) in enumerate(cells, first):
-        try:
-            value = float(label) if labels is None else labels.index(label)
-        except ValueError:
-            raise SystemExit(f"{path}, line {number}: label {label!r} is not "
-                             f"{'a number' if labels is None else f'one of {labels}'}") from None
-        rows.append((texts[0], texts[1] if len(texts) > 1 else None, value))
-    if not rows:
+        header = ["source", "label", "star", "sentence"]
+        first = 1                               # the number of the first row's line
+    else:
+        header = [name.strip() for name in table.pop(0)]
+        first = 2
+    for name in (layout.text, layout.text2, layout.label):
+        least = 0 if name in ("text2", None) else 1
+        if not least <= header.count(name) <= 1:
+            raise SystemExit(f"{path}, line 1: the header has {header.count(name)} columns "
+                             f"{name!r}: give it one")
+    if not table:
         raise SystemExit(f"{path} has a header and no rows: put the data set's own file there")
-    return rows, labels
+    cells = []
+    for number, row in enumerate(table, first):
+        if len(row) != len(header):
+            raise SystemExit(f"{path}, line {number}: the row has {len(row)} cells, not "
+                             f"{len(header)}: correct it (is a tab in a text?) or delete it")
+        cells.append(dict(zip(header, row)))
+    labels = [row[layout.label].strip() for row in cells]
+    if len(set(labels)) == 1:
+        raise SystemExit(f"{path}: every row has the label {labels[0]!r}: give rows of two labels "
+                         "at least (is this the head of a file that is sorted by label?)")
+    if classes is None:
+        classes = sorted(set(labels) - {""})
+        try:
+            classes.sort(key=int)               # numbers as numbers: 2 before 10
+        except ValueError:
+            pass                                # words in the order of words
+    rows = []
+    for number, (row, label) in enumerate(zip(cells, labels), first):
+        try:
+            value = float(label) if classes is NUMBER else classes.index(label)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            expected = "a finite number" if classes is NUMBER else f"one of {classes}"
+            raise SystemExit(f"{path}, line {number}: label {label!r} is not {expected}: correct "
+                             "the row or delete it")
+        rows.append((row[layout.text], row.get(layout.text2), value))
+    return rows, classes
 
 
 def read_squad(path):
     """[(id, question, context, [(answer, its offset in the context)])] of a SQuAD 1.1 file."""
     rows = []
+    name = "(none yet)"
     try:
         for article in json.loads(read_text(path))["data"]:
             for paragraph in article["paragraphs"]:
+                context = paragraph["context"]
                 for qa in paragraph["qas"]:
+                    name = qa["id"]
                     answers = [(a["text"], int(a["answer_start"])) for a in qa["answers"]]
-                    rows.append((qa["id"], qa["question"].strip(), paragraph["context"], answers))
+                    if not answers or qa.get("is_impossible"):
+                        raise SystemExit(f"{path}: question {name} has no answer, as in SQuAD 2.0: "
+                                         "give SQuAD 1.1, or delete such questions")
+                    for text, start in answers:
+                        held = start >= 0 and context.startswith(text, start)
+                        if not held or not text.strip():
+                            raise SystemExit(f"{path}: question {name}: the context does not hold "
+                                             "its answer at answer_start: correct the file")
+                    rows.append((name, qa["question"].strip(), context, answers))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SystemExit(f"{path} is not in SQuAD 1.1's format ({error!r}): "
-                         "put the official file there") from None
+        raise SystemExit(f"{path} is not in SQuAD 1.1's format, at or after question {name} "
+                         f"({error!r}): put the official file there") from None
     if not rows:
         raise SystemExit(f"{path} holds no question: put the official file there")
-    for name, _, context, answers in rows:
-        found = [text.strip() and context.find(text, start) == start for text, start in answers]
-        if not answers or not all(found):
-            raise SystemExit(f"{path}: question {name}: the context does not hold its answer at "
-                             "answer_start: correct the file")
     return rows
 
 
@@ -183,13 +208,36 @@ def text_features(rows, tokenizer, length):
             for ids, types, label in columns]
 
 
+def whole_spans(spans, text):
+    """{span: the same with the characters around it that the tokenizer drops, as accents}.
+
+    spans: the (begin, end) of all tokens of the text, in order. A dropped character belongs to the
+    token before it; where white space lies between these two, to the token after it.
+    """
+    whole = {}
+    last_end = 0
+    next_begins = [*(begin for begin, _ in spans[1:]), len(text)]
+    for (begin, end), next_begin in zip(spans, next_begins):
+        first, last = begin, end
+        while first > last_end and not text[first - 1].isspace():
+            first -= 1
+        while last < next_begin and not text[last].isspace():
+            last += 1
+        whole[begin, end] = (first, last)
+        last_end = last
+    return whole
+
+
 def squad_features(rows, tokenizer, length):
     """[CLS] question [SEP] part of the context [SEP]: windows, 128 tokens apart or half a window.
 
     As in BERT's own code, the question has at most 64 tokens, and a window that lacks part of the
-    first answer points at [CLS], place 0. A feature also keeps the number of its row, and spans:
+    first answer points at [CLS], token 0. A feature also keeps the number of its row, and spans:
     for each token its (begin, end) in the context's text, None outside the context.
     """
+    if not tokenizer.is_fast:
+        raise SystemExit("questions need each token's offsets in the text, and --model's "
+                         f"{type(tokenizer).__name__} has none: give a BERT with a fast tokenizer")
     features = []
     for number, (_, question, context, answers) in enumerate(rows):
         longest = min(64, length // 2)
@@ -200,22 +248,37 @@ def squad_features(rows, tokenizer, length):
         windows = tokenizer(question, context, truncation="only_second", max_length=length,
                             stride=room - min(128, room // 2),         # the overlap of two windows
                             return_overflowing_tokens=True, return_offsets_mapping=True)
+        spans = []                              # of each window
+        for i, offsets in enumerate(windows["offset_mapping"]):
+            parts = windows.sequence_ids(i)
+            spans.append([span if part == 1 else None for span, part in zip(offsets, parts)])
+        tokens = {span for window in spans for span in window if span}
+        whole = whole_spans(sorted(tokens), context)
         text, begin = answers[0]
         begin += len(text) - len(text.lstrip())
+        end = begin + len(text.strip())
         for i, input_ids in enumerate(windows["input_ids"]):
-            first = windows.char_to_token(i, begin, sequence_index=1)
-            last = windows.char_to_token(i, begin + len(text.strip()) - 1, sequence_index=1)
+            window = [span and whole[span] for span in spans[i]]
+            first = token_at(window, begin)
+            last = token_at(window, end - 1)
             if first is None or last is None:
                 first = last = 0
-            spans = zip(windows["offset_mapping"][i], windows.sequence_ids(i))
             features.append(dict(
                 input_ids=input_ids,
                 token_type_ids=windows["token_type_ids"][i],
                 start_positions=first,
                 end_positions=last,
                 row=number,
-                spans=[span if part == 1 else None for span, part in spans]))
+                spans=window))
     return features
+
+
+def token_at(spans, offset):
+    """The number of the first token that holds the character at this offset, or None."""
+    for i, span in enumerate(spans):
+        if span and span[0] <= offset < span[1]:
+            return i
+    return None
 
 
 # ---- metrics, in percent
@@ -223,23 +286,26 @@ def squad_features(rows, tokenizer, length):
 def best_spans(starts, ends, features, longest=30):
     """The best span of at most 30 context tokens in each window, by start logit + end logit.
 
-    starts, ends: logits, (windows, tokens). Returns [(score, begin, end)], offsets in the text.
+    starts, ends: logits, (windows, tokens), on any device. Returns [(score, begin, end)], offsets
+    in the text.
     """
-    width = starts.shape[1]
-    outside = torch.ones(len(features), width, dtype=torch.bool)
+    windows, width = starts.shape
+    outside = torch.ones(windows, width, dtype=torch.bool)
     for row, feature in zip(outside, features):
         row[:len(feature["spans"])] = torch.tensor([span is None for span in feature["spans"]])
-    starts = starts.float().cpu().masked_fill(outside, -math.inf)
-    ends = ends.float().cpu().masked_fill(outside, -math.inf)
-    # 0 where first <= last < first + 30, else -inf
-    allowed = torch.ones(width, width).triu().tril(longest - 1).log()
-    scores = (starts[:, :, None] + ends[:, None, :] + allowed).flatten(1)
-    best, places = scores.max(dim=1)
-    spans = []
-    for feature, score, place in zip(features, best.tolist(), places.tolist()):
-        first, last = divmod(place, width)
-        spans.append((score, feature["spans"][first][0], feature["spans"][last][1]))
-    return spans
+    outside = outside.to(starts.device)
+    starts = starts.float().masked_fill(outside, -math.inf)
+    ends = ends.float().masked_fill(outside, -math.inf)
+    # 0 where first <= last < first + 30, else -inf: (tokens, tokens)
+    allowed = torch.ones(width, width, device=starts.device).triu().tril(longest - 1).log()
+    scores = starts[:, :, None] + ends[:, None, :] + allowed            # (windows, first, last)
+    best, pairs = scores.flatten(1).max(dim=1)                          # (windows,) both
+    found = []
+    for feature, score, pair in zip(features, best.tolist(), pairs.tolist()):
+        first, last = divmod(pair, width)
+        spans = feature["spans"]
+        found.append((score, spans[first][0], spans[last][1]))
+    return found
 
 
 def normal_words(text):
@@ -273,6 +339,11 @@ def squad_metrics(rows, features, spans):
     return {"EM": float(em), "F1": float(f1)}
 
 
+def collapsed_answers(rows, features, spans):
+    """Whether the model no longer reads: its answers do not depend on the question."""
+    return False                                # no measure of it yet
+
+
 def correlation(x, y):
     """Pearson's, times 100; 0 where one of the two is constant."""
     if np.ptp(x) == 0 or np.ptp(y) == 0:
@@ -282,8 +353,8 @@ def correlation(x, y):
 
 def ranks(x):
     """The rank of each element, ties sharing their mean: Spearman's is Pearson's of the ranks."""
-    _, place, count = np.unique(x, return_inverse=True, return_counts=True)
-    return (np.cumsum(count) - (count - 1) / 2)[place]
+    _, which, count = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[which]
 
 
 def glue_metrics(task, dev, logits, gold):
@@ -299,9 +370,17 @@ def glue_metrics(task, dev, logits, gold):
         return {"mcc": correlation(guess, gold)}
     accuracy = 100 * float(np.mean(guess == gold))
     if task in ("qqp", "mrpc"):
-        f1 = 200 * float(np.sum(guess * gold)) / max(1, int(np.sum(guess + gold)))
+        both = float(np.sum(guess * gold))
+        f1 = 200 * both / max(1, int(np.sum(guess + gold)))
         return {"acc": accuracy, "F1": f1}
     return {"acc_mm" if dev == "dev_mismatched" else "acc": accuracy}
+
+
+def collapsed_classes(logits):
+    """Whether every row gets the same class, or the same number. logits: (rows, classes or 1)."""
+    if logits.shape[1] == 1:
+        return bool(np.ptp(logits) < 0.05)      # 1 % of STS-B's scale; bf16 rounds to 0.016
+    return len(set(logits.argmax(axis=1))) == 1
 
 
 # ---- a task's data
@@ -309,26 +388,27 @@ def glue_metrics(task, dev, logits, gold):
 class Data:
     """A task's rows and features.
 
-    train: the training features. dev: {name: features}. rows: {name: rows as read}. labels: the
-    names of the classes; None where the label is a number or a place. n_dev: rows of all dev files.
+    train: the training features. dev: {name: features}. rows: {name: rows as read}. n_dev: rows of
+    all dev files. classes: their names, in the order of the model's outputs; None for questions.
     """
 
     def __init__(self, task, folder, tokenizer, length):
-        folder = Path(folder)
         self.length = min(length, tokenizer.model_max_length)
         self.task = task
         self.tokenizer = tokenizer
-        self.labels = None if task == "squad" else TASKS[task].labels
+        self.classes = None if task == "squad" else TASKS[task].classes
         self.rows = {}
         self.dev = {}
-        for name in ["train", *dev_names(task)]:
+        for name, path in task_files(task, folder).items():
             if task == "squad":
-                self.rows[name] = read_squad(folder / "squad" / f"{name}-v1.1.json")
+                self.rows[name] = read_squad(path)
                 self.dev[name] = squad_features(self.rows[name], tokenizer, self.length)
             else:
-                path = folder / TASKS[task].folder / f"{name}.tsv"
-                self.rows[name], self.labels = read_tsv(path, task, self.labels)
+                self.rows[name], self.classes = read_tsv(path, task, self.classes)
                 self.dev[name] = text_features(self.rows[name], tokenizer, self.length)
+        if len({rows[0][1] is None for rows in self.rows.values()}) == 2:
+            raise SystemExit(f"{path} has a column text2 and train.tsv has not, or the reverse: "
+                             "give both the same columns")
         self.train = self.dev.pop("train")
         self.n_dev = sum(len(self.rows[name]) for name in self.dev)
 
@@ -342,50 +422,70 @@ class Data:
         lengths = np.array([len(feature["input_ids"]) for feature in self.train])
         order = None
         while True:
-            epoch, place = divmod(step, an_epoch)
-            if order is None or place == 0:
+            epoch, batch = divmod(step, an_epoch)
+            if order is None or batch == 0:
                 rng = np.random.default_rng([seed, epoch])
                 order = rng.permutation(len(self.train))[:an_epoch * batch_size]
                 for at in range(0, len(order), 50 * batch_size):
                     part = order[at:at + 50 * batch_size]
                     part[:] = part[np.argsort(lengths[part], kind="stable")]
-                order = rng.permutation(order.reshape(an_epoch, -1))
-            yield [self.train[i] for i in order[place]]
+                order = rng.permutation(order.reshape(an_epoch, -1))    # (batches, batch_size)
+            yield [self.train[i] for i in order[batch]]
             step += 1
 
-    def collate(self, features, targets=True):
-        """Features as tensors: input_ids, token_type_ids, attention_mask, (batch, longest)."""
-        keys = ["input_ids", "token_type_ids"]
-        if targets:                             # labels or positions: (batch,)
-            keys += ["labels", "start_positions", "end_positions"]
-        chosen = [{key: f[key] for key in keys if key in f} for f in features]
-        return self.tokenizer.pad(chosen, return_tensors="pt")
+    def collate(self, features, device="cpu", targets=True):
+        """Features as tensors on the device, padded on the right.
+
+        input_ids, token_type_ids, attention_mask: (batch, longest). With targets also labels, or
+        start_positions and end_positions: (batch,).
+        """
+        shape = len(features), max(len(feature["input_ids"]) for feature in features)
+        ids = np.full(shape, self.tokenizer.pad_token_id)
+        types = np.zeros(shape, dtype=np.int64)
+        attention = np.zeros(shape, dtype=np.int64)
+        for i, feature in enumerate(features):
+            n = len(feature["input_ids"])
+            ids[i, :n] = feature["input_ids"]
+            types[i, :n] = feature["token_type_ids"]
+            attention[i, :n] = 1
+        batch = dict(input_ids=ids, token_type_ids=types, attention_mask=attention)
+        batch = {key: torch.from_numpy(array) for key, array in batch.items()}
+        for key in ("labels", "start_positions", "end_positions"):
+            if targets and key in features[0]:
+                batch[key] = torch.tensor([feature[key] for feature in features])
+        if torch.device(device).type == "cuda":         # pinned: copied while the CPU goes on
+            batch = {key: x.pin_memory() for key, x in batch.items()}
+        return {key: x.to(device, non_blocking=True) for key, x in batch.items()}
 
     @torch.no_grad()
     def evaluate(self, model):
-        """The task's metrics on its dev files."""
+        """(the task's metrics on its dev files, whether the model answers all of one alike)."""
         model.eval()
         metrics = {}
+        collapsed = False
         for name, features in self.dev.items():
             results = [None] * len(features)
             order = sorted(range(len(features)), key=lambda i: len(features[i]["input_ids"]))
             for at in tqdm(range(0, len(order), 64), desc=name, disable=None, leave=False):
-                places = order[at:at + 64]
-                chosen = [features[i] for i in places]
-                out = model(**self.collate(chosen, targets=False).to(model.device))
+                chosen = order[at:at + 64]
+                part = [features[i] for i in chosen]
+                out = model(**self.collate(part, model.device, targets=False))
                 if self.task == "squad":
-                    values = best_spans(out.start_logits, out.end_logits, chosen)
+                    values = best_spans(out.start_logits, out.end_logits, part)
                 else:
                     values = out.logits.float().cpu().numpy()
-                for i, value in zip(places, values):
+                for i, value in zip(chosen, values):
                     results[i] = value
             rows = self.rows[name]
             if self.task == "squad":
                 metrics |= squad_metrics(rows, features, results)
+                collapsed |= collapsed_answers(rows, features, results)
             else:
+                logits = np.stack(results)      # (rows, classes)
                 gold = np.array([label for _, _, label in rows])
-                metrics |= glue_metrics(self.task, name, np.stack(results), gold)
-        return metrics
+                metrics |= glue_metrics(self.task, name, logits, gold)
+                collapsed |= collapsed_classes(logits)
+        return metrics, collapsed
 
 
 # ---- BERT
@@ -401,28 +501,37 @@ def load_tokenizer(name):
     if config.model_type != "bert" or not 10 < len(tokenizer) <= config.vocab_size:
         raise SystemExit(f"{name} is a {config.model_type} model with a tokenizer of "
                          f"{len(tokenizer)} words: give a BERT with its own tokenizer")
+    if "A" in tokenizer.get_vocab() and tokenizer.tokenize("A") != ["A"]:
+        raise SystemExit(f"{name} has capitals in its vocabulary, and its tokenizer lower-cases: "
+                         'write {"do_lower_case": false} into its tokenizer_config.json')
     tokenizer.model_max_length = config.max_position_embeddings
     return tokenizer
+
+
+def check_teacher(name, data):
+    """A teacher reads the student's batches: it needs the same task, words and length."""
+    tokenizer = load_tokenizer(name)
+    task = getattr(AutoConfig.from_pretrained(name), "finetuning_task", None)
+    if task in TASKS and task != data.task:
+        raise SystemExit(f"--teacher {name} was trained on {task}: give one of {data.task}")
+    same = tokenizer.get_vocab() == data.tokenizer.get_vocab()
+    if not same or tokenizer.model_max_length < data.length:
+        raise SystemExit(f"--teacher {name} has another vocabulary than --model, or reads fewer "
+                         f"than {data.length} tokens: give one that reads what --model reads")
 
 
 def load_bert(name, data, teacher=False):
     """A BERT with the task's head. The head is new if the folder has none; a teacher must have one.
     """
-    tokenizer = load_tokenizer(name)
-    task = getattr(AutoConfig.from_pretrained(name), "finetuning_task", None)
-    other_task = task in TASKS and task != data.task
-    if teacher and (other_task or len(tokenizer) != len(data.tokenizer)
-                    or tokenizer.model_max_length < data.length):
-        raise SystemExit(f"--teacher {name} was trained on {task}, with {len(tokenizer)} words: "
-                         f"give one of {data.task} that reads what --model reads")
+    if teacher:
+        check_teacher(name, data)
     if data.task == "squad":
-        kind, options = AutoModelForQuestionAnswering, {"num_labels": 2}
+        kind = AutoModelForQuestionAnswering
+        options = {"num_labels": 2}             # logits of start and end
     else:
         kind = AutoModelForSequenceClassification
-        labels = dict(enumerate(data.labels or ["score"]))
-        options = {"id2label": labels, "label2id": {label: i for i, label in labels.items()},
-                   "problem_type": "single_label_classification"}
-        if data.labels is None:
+        options = {"num_labels": len(data.classes), "problem_type": "single_label_classification"}
+        if data.classes is NUMBER:
             options["problem_type"] = "regression"
     try:
         model, info = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True,
@@ -436,8 +545,32 @@ def load_bert(name, data, teacher=False):
     if lacking:
         raise SystemExit(f"{name} has no {lacking[0]} of the right shape: give a "
                          + (f"model trained on {data.task}" if teacher else "whole BERT"))
+    unused = [key for key in info["unexpected_keys"] if "encoder." in key]
+    if getattr(model.config, "position_embedding_type", "absolute") != "absolute":
+        unused.append("position_embedding_type")
+    if unused:
+        raise SystemExit(f"{name} has {unused[0]}, which transformers' BERT does not use: give a "
+                         "BERT without masks or relative positions")
+    if data.task != "squad":
+        name_classes(model, name, data.classes)
     model.config.finetuning_task = data.task
     return model
+
+
+@torch.no_grad()
+def name_classes(model, folder, classes):
+    """Put the rows of the head, (classes, hidden), in the order of classes, and name them so."""
+    theirs = [str(label) for _, label in sorted(model.config.id2label.items())]
+    unnamed = [f"LABEL_{i}" for i in range(len(classes))]
+    if theirs != unnamed and classes is not NUMBER:
+        if sorted(theirs) != sorted(classes):
+            raise SystemExit(f"{folder} has the classes {theirs}, and the data {classes}: give "
+                             "another model, or correct or delete id2label in its config.json")
+        order = [theirs.index(label) for label in classes]
+        model.classifier.weight.copy_(model.classifier.weight[order])
+        model.classifier.bias.copy_(model.classifier.bias[order])
+    model.config.id2label = dict(enumerate(classes))
+    model.config.label2id = {label: i for i, label in enumerate(classes)}
 
 
 def prunable(model):

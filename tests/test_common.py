@@ -1,11 +1,13 @@
 """common.py: readers, features, batches, metrics, BERT. Expected values are written by hand."""
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file, save_file
 
 import common
 
@@ -27,18 +29,25 @@ def write_tsv(folder, text):
 
 def test_tsv_columns_by_name(tmp_path):
     path = write_tsv(tmp_path, "index\tlabel\tsentence\n0\t1\ta \"quoted\" word\n1\t0\tb\n")
-    rows, labels = common.read_tsv(path, "sst2", ["0", "1"])
+    rows, classes = common.read_tsv(path, "sst2", ["0", "1"])
     assert rows == [("a \"quoted\" word", None, 1), ("b", None, 0)]
-    assert labels == ["0", "1"]
+    assert classes == ["0", "1"]
 
 
 def test_tsv_pairs_numbers_and_own_classes(tmp_path):
-    path = write_tsv(tmp_path, "text\ttext2\tlabel\r\na\tb\tyes\r\nc\td\tno\r\n")
-    rows, labels = common.read_tsv(path, "tsv", [])
+    path = write_tsv(tmp_path, "text\ttext2\tlabel\r\na\tb\tyes \r\nc\td\tno\r\n")
+    rows, classes = common.read_tsv(path, "tsv", None)
     assert rows == [("a", "b", 1), ("c", "d", 0)]
-    assert labels == ["no", "yes"]
-    path = write_tsv(tmp_path, "sentence1\tsentence2\tscore\na\tb\t2.5\n")
-    assert common.read_tsv(path, "stsb", None)[0] == [("a", "b", 2.5)]
+    assert classes == ["no", "yes"]
+    path = write_tsv(tmp_path, "sentence1\tsentence2\tscore\na\tb\t2.5\nc\td\t1\n")
+    assert common.read_tsv(path, "stsb", common.NUMBER)[0] == [("a", "b", 2.5), ("c", "d", 1.0)]
+
+
+def test_whole_numbers_are_in_their_order(tmp_path):
+    path = write_tsv(tmp_path, "label\ttext\n10\ta\n-1\tb\n2\tc\n")
+    assert common.read_tsv(path, "tsv", None)[1] == ["-1", "2", "10"]
+    path = write_tsv(tmp_path, "label\ttext\n10\ta\nb1\tb\n2\tc\n")
+    assert common.read_tsv(path, "tsv", None)[1] == ["10", "2", "b1"]
 
 
 def test_cola_has_no_header(tmp_path):
@@ -50,15 +59,37 @@ def test_cola_has_no_header(tmp_path):
 @pytest.mark.parametrize("text, words", [
     ("", "is empty"),
     ("sentence\tlabel\n", "no rows"),
-    ("sentence\tclass\na\t1\n", "no column 'label'"),
-    ("sentence\tlabel\na\t1\nb\n", "line 3: the row is cut short"),
+    ("sentence\tclass\na\t1\n", "line 1: the header has 0 columns 'label'"),
+    ("sentence\tlabel\tlabel\na\t1\t0\n", "line 1: the header has 2 columns 'label'"),
+    ("sentence\tlabel\na\t1\nb\n", "line 3: the row has 1 cells, not 2"),
+    ("sentence\tlabel\na\t1\nb\tc\t0\n", "line 3: the row has 3 cells, not 2"),
+    ("sentence\tlabel\na\t1\n\nb\t0\n", "line 3: the row has 1 cells, not 2"),
     ("sentence\tlabel\na\t1\nb\t2\n", "line 3: label '2' is not one of"),
+    ("sentence\tlabel\na\t1\nb\t1\n", "every row has the label '1'"),
 ])
 def test_bad_tsv(tmp_path, text, words):
     path = write_tsv(tmp_path, text)
     with pytest.raises(SystemExit, match=words) as error:
         common.read_tsv(path, "sst2", ["0", "1"])
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("label", ["nan", "inf", "", "four"])
+def test_bad_labels(tmp_path, label):
+    path = write_tsv(tmp_path, f"sentence1\tsentence2\tscore\na\tb\t1\nc\td\t{label}\n")
+    with pytest.raises(SystemExit, match=f"line 3: label '{label}' is not a finite number"):
+        common.read_tsv(path, "stsb", common.NUMBER)
+    path = write_tsv(tmp_path, "text\tlabel\na\tno\nb\tyes\nc\t \n")
+    with pytest.raises(SystemExit, match=r"line 4: label '' is not one of \['no', 'yes'\]"):
+        common.read_tsv(path, "tsv", None)
+
+
+def test_train_and_dev_have_the_same_columns(tmp_path, tokenizer):
+    (tmp_path / "tsv").mkdir()
+    write_tsv(tmp_path / "tsv", "text\ttext2\tlabel\na\tb\tyes\nc\td\tno\n")
+    (tmp_path / "tsv" / "dev.tsv").write_text("text\tlabel\na\tyes\nc\tno\n")
+    with pytest.raises(SystemExit, match="dev.tsv has a column text2 and train.tsv has not, or"):
+        common.Data("tsv", tmp_path, tokenizer, 64)
 
 
 def test_no_text(tmp_path):
@@ -83,17 +114,20 @@ def test_squad(tmp_path):
     assert common.read_squad(path) == [("q7", "Who?", "It was Ann.", [("Ann", 7)])]
 
 
-@pytest.mark.parametrize("answers, text, words", [
-    ([("Ann", 6)], None, "question q7: the context does not hold"),
-    ([("Ann", -4)], None, "question q7: the context does not hold"),
-    ([("", 0)], None, "question q7: the context does not hold"),
-    ([], None, "question q7"),
-    ([], "{\"data\": [", "not in SQuAD 1.1's format"),
-    ([], "{\"rows\": []}", "not in SQuAD 1.1's format"),
+@pytest.mark.parametrize("context, answers, text, words", [
+    ("It was Ann.", [("Ann", 6)], None, "question q7: the context does not hold"),
+    ("It was Ann.", [("Ann", -4)], None, "question q7: the context does not hold"),
+    ("It was Ann.", [("Bob", -1)], None, "question q7: the context does not hold"),
+    ("It was Ann.", [("", 0)], None, "question q7: the context does not hold"),
+    ("It was Ann.", [], None, "question q7 has no answer, as in SQuAD 2.0"),
+    (None, [("Ann", 7)], None, "SQuAD 1.1's format, at or after question q7"),
+    ("It was Ann.", [(None, 7)], None, "SQuAD 1.1's format, at or after question q7"),
+    ("", [], "{\"data\": [", "not in SQuAD 1.1's format"),
+    ("", [], "{\"rows\": []}", "not in SQuAD 1.1's format"),
 ])
-def test_bad_squad(tmp_path, answers, text, words):
+def test_bad_squad(tmp_path, context, answers, text, words):
     with pytest.raises(SystemExit, match=words):
-        common.read_squad(squad_file(tmp_path, "It was Ann.", answers, text))
+        common.read_squad(squad_file(tmp_path, context, answers, text))
 
 
 def test_download_needs_a_network(tmp_path, monkeypatch):
@@ -105,8 +139,19 @@ def test_download_needs_a_network(tmp_path, monkeypatch):
         common.download("squad", tmp_path)
     with pytest.raises(SystemExit, match="--preset mini"):
         common.download("sst2", tmp_path)
-    with pytest.raises(SystemExit, match="MRPC has no such file"):
+    with pytest.raises(SystemExit, match="mrpc has no such file to download.*GLUE's own script"):
         common.download("mrpc", tmp_path)
+
+
+@pytest.mark.parametrize("task, name", [
+    ("squad", "squad/train-v1.1.json"), ("squad", "squad/dev-v1.1.json"),
+    ("mnli", "glue/MNLI/dev_matched.tsv")])
+def test_a_users_own_file_is_not_joined_by_a_download(tmp_path, monkeypatch, task, name):
+    monkeypatch.delattr(torch.hub, "download_url_to_file")
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(SystemExit, match="is absent, but its folder holds a file of the same"):
+        common.download(task, tmp_path)
 
 
 def test_download_unpacks(tmp_path, monkeypatch):
@@ -162,6 +207,39 @@ def test_windows_of_squad(tokenizer):
     assert pointing >= 2
 
 
+@pytest.mark.parametrize("answer", [
+    "cafe\u0301",                               # an accent behind its letter
+    "dru\u0301m",
+    "\u200bdrum\u200b",                         # white space without width
+    "drum\ufe0f"])
+def test_characters_that_the_tokenizer_drops(tokenizer, answer):
+    """The target's span, which is what an evaluation reads, is the answer with them."""
+    context = f"he stole a {answer}, \u200b and a mirror\u200b"
+    for text in (answer, "stole", "mirror\u200b"):
+        rows = [("q", "What ?", context, [(text, context.index(text))])]
+        (feature,) = common.squad_features(rows, tokenizer, 128)
+        begin, _ = feature["spans"][feature["start_positions"]]
+        _, end = feature["spans"][feature["end_positions"]]
+        assert context[begin:end] == text
+
+
+def test_a_dropped_character_has_one_owner():
+    """Of abc, tokens a and c: b is a's. Of "a bc", tokens a and c: b is c's."""
+    assert common.whole_spans([(0, 1), (2, 3)], "abc") == {(0, 1): (0, 2), (2, 3): (2, 3)}
+    assert common.whole_spans([(0, 1), (3, 4)], "a bc") == {(0, 1): (0, 1), (3, 4): (2, 4)}
+    # several tokens of one character, as of a Korean syllable
+    assert common.whole_spans([(0, 1), (0, 2), (1, 2)], "ab") == {s: s for s in [(0, 1), (0, 2),
+                                                                               (1, 2)]}
+
+
+def test_questions_need_offsets(tokenizer):
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(SystemExit, match="Slow has none: give a BERT with a fast tokenizer"):
+        common.squad_features([], Slow(), 128)
+
+
 def test_long_question_is_cut(tokenizer):
     question = "who stole a drum " * 40
     rows = [("q", question, "Ann stole a drum.", [("Ann", 0)])]
@@ -189,12 +267,20 @@ def test_batches_depend_on_seed_and_step(data, tokenizer):
 
 
 def test_collate_pads(data, tokenizer):
+    """The same tensors as the tokenizer's own pad."""
     task = common.Data("squad", data, tokenizer, 128)
     batch = task.collate(task.train[:5])
-    longest = max(len(f["input_ids"]) for f in task.train[:5])
-    assert batch["input_ids"].shape == batch["attention_mask"].shape == (5, longest)
-    assert batch["start_positions"].shape == (5,)
-    assert "start_positions" not in task.collate(task.train[:5], targets=False)
+    features = [dict(f) for f in task.train[:5]]
+    for feature in features:
+        del feature["row"], feature["spans"]
+    expected = tokenizer.pad(features, return_tensors="pt")
+    assert set(batch) == set(expected)
+    for key, tensor in batch.items():
+        assert tensor.dtype == torch.int64 and torch.equal(tensor, expected[key])
+    assert set(task.collate(features, targets=False)) == {
+        "input_ids", "token_type_ids", "attention_mask"}
+    numbers = [dict(input_ids=[2, 3], token_type_ids=[0, 0], labels=2.5)]
+    assert task.collate(numbers)["labels"].dtype == torch.float32
 
 
 # ---- metrics
@@ -245,6 +331,13 @@ def test_glue_metrics_by_hand():
     assert metrics["pearson"] == pytest.approx(100 * 12 / (41 * 5) ** 0.5)     # deviations by hand
 
 
+def test_collapsed():
+    assert common.collapsed_classes(np.array([[2.0, 1.0], [0.5, 0.4]]))
+    assert not common.collapsed_classes(np.array([[2.0, 1.0], [0.5, 0.6]]))
+    assert common.collapsed_classes(np.array([[2.51], [2.5]]))
+    assert not common.collapsed_classes(np.array([[2.7], [2.5]]))
+
+
 # ---- BERT
 
 def test_prunable_and_count(data, tokenizer):
@@ -261,14 +354,6 @@ def test_prunable_and_count(data, tokenizer):
     zeros = sum(int((layer.weight == 0).sum()) for layer in layers.values())
     assert next(iter(shares.values())) == 0.5
     assert kept == pytest.approx(1 - zeros / 786432) and total == 786432
-
-
-def test_one_class_is_no_regression(data, tokenizer):
-    task = common.Data("tsv", data, tokenizer, 64)
-    task.labels = ["yes"]
-    model = common.load_bert(BERT, task)
-    texts = tokenizer(["some words"], return_tensors="pt")
-    assert model(**texts, labels=torch.tensor([0])).loss == 0       # the only class is certain
 
 
 def test_not_a_bert(tmp_path, data, tokenizer):
@@ -294,6 +379,62 @@ def test_teacher_must_fit(tmp_path, data, tokenizer):
         common.load_bert(str(tmp_path), task, teacher=True)
 
 
+def changed_bert(folder, weights=None, **config):
+    """A copy of mini's BERT with more weights, or another config."""
+    shutil.copytree(BERT, folder, dirs_exist_ok=True)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    if weights:
+        own = load_file(folder / "model.safetensors")
+        save_file(own | weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_classes_in_another_order(tmp_path, data, tokenizer, teacher):
+    """The same model: its logits, and the names in its config, are in our order."""
+    task = common.Data("tsv", data, tokenizer, 64)
+    texts = tokenizer(["he stole 3 drums", "he stole a drum ."], return_tensors="pt", padding=True)
+    saved = common.load_bert(BERT, task)
+    logits = saved(**texts).logits
+    tokenizer.save_pretrained(tmp_path)
+    for names, columns in ((["few", "many"], [0, 1]), (["many", "few"], [1, 0]),
+                           (["LABEL_0", "LABEL_1"], [0, 1])):
+        saved.config.id2label = dict(enumerate(names))
+        saved.save_pretrained(tmp_path)
+        model = common.load_bert(str(tmp_path), task, teacher)
+        assert torch.equal(model(**texts).logits, logits[:, columns])
+        assert model.config.id2label == {0: "few", 1: "many"}
+        assert model.config.label2id == {"few": 0, "many": 1}
+    saved.config.id2label = {0: "no", 1: "yes"}
+    saved.save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match=r"has the classes \['no', 'yes'\], and the data \['few'"):
+        common.load_bert(str(tmp_path), task, teacher)
+
+
+def test_weights_that_would_not_be_used(tmp_path, data, tokenizer):
+    task = common.Data("tsv", data, tokenizer, 64)
+    name = "bert.encoder.layer.0.output.dense.mask_scores"
+    folder = changed_bert(tmp_path / "a", {name: torch.ones(2)})
+    with pytest.raises(SystemExit, match="mask_scores, which transformers' BERT does not use"):
+        common.load_bert(folder, task)
+    folder = changed_bert(tmp_path / "b", position_embedding_type="relative_key")
+    with pytest.raises(SystemExit, match="position_embedding_type, which"):
+        common.load_bert(folder, task)
+
+
+def test_capitals_are_not_lower_cased(tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"aAbBcCdD"]
+    folder = changed_bert(tmp_path, vocab_size=len(words))
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(SystemExit, match="capitals in its vocabulary.*do_lower_case"):
+        common.load_tokenizer(folder)
+    (tmp_path / "tokenizer_config.json").write_text("{\"do_lower_case\": false}")
+    assert common.load_tokenizer(folder).tokenize("a A") == ["a", "A"]
+
+
 def test_evaluate_is_the_plain_models(data, tokenizer):
     """Accuracy by the plain transformers model, one row at a time; evaluate sorts by length."""
     task = common.Data("tsv", data, tokenizer, 64)
@@ -309,4 +450,6 @@ def test_evaluate_is_the_plain_models(data, tokenizer):
     model.classifier.bias.data[1] -= float(offset)
     gold = np.array([label for _, _, label in task.rows["dev"]])
     right = np.mean((margins > offset) == (gold == 1))
-    assert task.evaluate(model) == {"acc": pytest.approx(100 * right)}
+    assert task.evaluate(model) == ({"acc": pytest.approx(100 * right)}, False)
+    model.classifier.bias.data[1] += 1000       # now each guess is 1, and half of them are right
+    assert task.evaluate(model) == ({"acc": 50.0}, True)
