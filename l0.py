@@ -1,48 +1,39 @@
-"""L0 regularisation of BERT with hard concrete gates, in one file.
-Louizos, Welling and Kingma 2017, arXiv 1712.01312, as used by Sanh, Wolf and Rush 2020, arXiv
-2005.07683. Official code: AMLab-Amsterdam/L0_regularization;
+"""L0 regularisation of BERT with hard concrete gates.
+
+Papers: Louizos, Welling and Kingma 2017, arXiv 1712.01312, as used by Sanh, Wolf and Rush 2020,
+arXiv 2005.07683. Official code: AMLab-Amsterdam/L0_regularization, and
 huggingface/transformers-research-projects, movement-pruning, at fccd0cdab0.
 
-Idea: the number of weights that are not 0, their L0 norm, has no gradient. So each weight gets a
-random gate z. A learned score S, the paper's log alpha, sets the probability that z is 0; this
-probability has a gradient.
-    y = log u - log(1 - u)                           noise; u is uniform in (1e-4, 1 - 1e-4)
-    q = sigmoid((y + S) / beta)                      in (0, 1)
-    z = clamp(q (zeta - gamma) + gamma, 0, 1)        stretched to (gamma, zeta), then cut
-    a = (W * z) x                                    dz/dS is 0 where z is cut to 0 or 1
-How likely is z > 0? It is the case where q > x = -gamma / (zeta - gamma). Undo the sigmoid on both
-sides: (y + S) / beta > log(x / (1 - x)) = log(-gamma / zeta). And y exceeds a number c with
-probability sigmoid(-c), if we overlook the cut ends of u. Therefore
-    P(z > 0) = sigmoid(S - beta log(-gamma / zeta))
-    E        = mean over matrices of the mean of P(z > 0) in the matrix
-To count, to evaluate and to save (torch's gradients are off then) there is neither noise nor beta:
-z = clamp(sigmoid(S) (zeta - gamma) + gamma, 0, 1). It is above 0 where S exceeds the threshold
-log(-gamma / zeta) = -2.398. W * z is what is saved.
---penalty LAMBDA is the paper's way: minimise L + LAMBDA E (L is the loss) from the first step, and
-what is kept follows. Without it an augmented Lagrangian (Wang, Wohlwend and Lei 2020, arXiv
-1910.04732) steers k, the fraction of all N weights whose S exceeds the threshold, to v:
-    h = k / v - 1,   minimise L + mu1 h + mu2 h^2,   after the step mu1 += 2 h and mu2 += 60 h^2
-Both multipliers start at 0; mu1 may become negative. k is a count and has no gradient: h gets its
-value from k and its gradient from E / v. At the end the scores nearest to the threshold are set
-just across it, 0.001 beyond, so that round(v N) are kept; where they were near, z stays about 0.
+We would like to minimise the number of weights that are not 0, but a count has no gradient. So each
+weight is multiplied by a random gate z. A learned score S, the paper's log alpha, sets the
+probability that the gate is open (z > 0). This probability has a gradient, and is penalised.
 
-Symbols
-    weight      W               (out, in), one of the six matrices of an encoder layer
-    scores      S, log alpha    (out, in), 2.197 at the start, where P(z > 0) = 0.98
-    noise       y               (out, in), drawn anew at each step, the same on every GPU
-    BETA, GAMMA, ZETA           2/3, -0.1, 1.1
-    kept        k               fraction kept. excess: h. mu1, mu2: the multipliers
-    v           v               fraction to keep at this step, on magnitude.py's cubic
-Unlike mvp.py: the gate is random, takes any value from 0 to 1, and has a true gradient. The
-threshold is fixed, and a penalty steers what is kept. Unlike soft_mvp.py no matrix has a floor.
-Differs from Louizos et al., as the movement code does: a gate for each weight, not for each input
-neuron; log alpha is not clamped; no L2 penalty on W; no averaging of W over steps. u is drawn
-inside its interval, as theirs; the movement code clamps it. Ours: the steering, with its 2 and 60.
+    q  = sigmoid((y + S) / beta)             y: noise, drawn anew at each step
+    z  = clamp(q (zeta - gamma) + gamma, 0, 1)      q stretched to (gamma, zeta), then cut
+    W' = W * z                               what the layer computes with
+    E  = mean over matrices of the mean of P(z > 0) = sigmoid(S - beta log(-gamma / zeta))
 
-Run (measured results: results/README.md)
-    python l0.py --task squad --sparsity 0.03          mini/'s small BERT, minutes on a CPU
-    python l0.py --penalty 300 --out out/open          the open loop; --preset paper: BERT-base
-Last line: RESULT l0 squad keeps 3.00% (prunes 97.00%) EM .. F1 .. | ..
+    W, L         as in magnitude.py: a weight matrix (out, in), and the loss
+    S            scores, (out, in), 2.197 at the start, where P(z > 0) = 0.98
+    beta         temperature, 2/3. gamma, zeta: -0.1 and 1.1
+    v            fraction to keep at this step, on magnitude.py's cubic; --sparsity is the last
+    k            fraction of all weights whose gate is open without noise
+    mu1, mu2     multipliers that steer k to v
+
+Without noise a gate is open where S exceeds log(-gamma / zeta) = -2.398. So we count, evaluate and
+save: the saved weight is W * z without noise. --penalty LAMBDA is the paper's way: minimise
+L + LAMBDA E from the first step, and take the fraction kept that follows. Without it we steer, by
+an augmented Lagrangian (Wang, Wohlwend and Lei 2020, arXiv 1910.04732); its step sizes are ours:
+
+    h = k / v - 1,   minimise L + mu1 h + mu2 h^2,   after each step mu1 += 2 h and mu2 += 60 h^2
+
+Unlike mvp.py: the gate is random and takes any value from 0 to 1, the threshold is fixed, and no
+matrix has a least share. As in the movement code, and unlike Louizos et al.: a gate for each weight
+and not for each input neuron, log alpha not clamped, no L2 penalty on W, no averaging of W. Give it
+1,000 steps or more: S has far to go. --sparsity is the fraction KEPT.
+
+    python l0.py --task squad --sparsity 0.03           on the small made-up data in mini/ prints
+    RESULT l0 squad keeps 3.00% (prunes 97.00%) EM .. F1 .. | 1000 steps .. s seed 0 | ..
 """
 import argparse
 import json
@@ -53,33 +44,157 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import nn
 
 # <method: imports>
 import math
 
-import torch.nn.functional as F
 from torch.nn.utils import parametrize
 
 # </method>
 import common
 
-# ---- flags
+# <method: definitions>
+# ---- how many weights stay, and which have the highest scores
+
+# Why gradually? A pruned weight takes its share of the work with it, and the other weights need
+# some steps to take that over. Why a cubic? It is steep at first, when many weights are of little
+# use, and flat at the end, when each pruned weight is missed.
+# Official: masked_run_squad.py, lines 72-92. There t_i and t_f are multiples of the learning
+# rate's warm-up, a given number of steps, so a short run never prunes. There the first step is
+# number 1 (in masked_run_glue.py it is 0, as here).
+def schedule(step, steps, v_f, t_i, t_f):
+    """v, the fraction to keep at this step (0 to steps - 1), after eq. 5 of the movement paper.
+
+    1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps.
+    """
+    ramp = max(1.0, (1 - t_i - t_f) * steps)            # in steps; one at least, never 0
+    done = (step - t_i * steps) / ramp
+    done = min(max(done, 0.0), 1.0)
+    return v_f + (1 - v_f) * (1 - done) ** 3
+
+
+def kth_largest(x, k):
+    """The k-th largest of the n elements of a flat tensor, 1 <= k <= n, as a 0-dim tensor."""
+    n = len(x)
+    if x.device.type == "cpu":                          # numpy selects without a sort
+        return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
+    if k > n // 2:                                      # topk stores all it finds: the shorter side
+        return x.topk(n - k + 1, largest=False, sorted=False).values.max()
+    return x.topk(k, sorted=False).values.min()
+
+
+# Official: binarizer.py, lines 95-103. It sorts in each forward pass, keeps int(v n), and leaves
+# open which of equal scores stay.
+def top_v(scores, v):
+    """Top_v: True for the highest round(v n) of all n scores, of equal ones the first, row by row.
+
+    scores: of any shape; the mask has the same. One weight stays where round(v n) is 0.
+    """
+    flat = scores.flatten()                             # (n,)
+    k = max(1, round(v * len(flat)))
+    threshold = kth_largest(flat, k)
+    stays = flat >= threshold                           # k of them, or more where scores are equal
+    # A GPU would have to wait for that number. There, equal scores are counted off each time.
+    if flat.is_cuda or torch.count_nonzero(stays) > k:
+        above = flat > threshold
+        equal = flat == threshold
+        room = k - torch.count_nonzero(above)           # so many of the equal ones may stay
+        stays = above | (equal & (equal.cumsum(0) <= room))
+    return stays.view_as(scores)
+
+
+# ---- the gate
+
+BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1                    # temperature; ends of the interval
+THRESHOLD = math.log(-GAMMA / ZETA)                     # -2.398: without noise z > 0 for S above it
+
+
+# q lies in (0, 1), and so would never be 0. Stretched to (-0.1, 1.1) and cut, it is exactly 0 or
+# exactly 1 with a probability above 0, and in between it has a gradient: "hard" and "concrete".
+# Where it is cut dz/dS is 0, and the score learns from the penalty alone. Noise: y = log u - log(1
+# - u), u uniform in (1e-4, 1 - 1e-4), as Louizos et al. draw it; the movement code draws u in (0,
+# 1) and clamps it. Official: masked_nn.py, lines 94-102.
+def gate(scores, noise=None):
+    """The hard concrete gate z, in [0, 1]. scores and noise: (out, in), z has the same shape."""
+    if noise is None:
+        q = torch.sigmoid(scores)                       # no beta either, as in both official codes
+    else:
+        q = torch.sigmoid((noise + scores) / BETA)
+    return (q * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+
+# How likely is z > 0? z > 0 means q > x, with x = -gamma / (zeta - gamma). Undo the sigmoid on
+# both sides: (y + S) / beta > log(x / (1 - x)) = log(-gamma / zeta). And y exceeds a number c with
+# probability sigmoid(-c), if we overlook the cut ends of u. With c = beta log(-gamma / zeta) - S
+# P(z > 0) is sigmoid(S - beta log(-gamma / zeta)).
+# Official: masked_run_squad.py, lines 95-106 and 323-324.
+def expected_l0(scores):
+    """E: the mean over matrices of the mean of P(z > 0) in the matrix. scores: (out, in) each."""
+    return torch.stack([torch.sigmoid(s - BETA * THRESHOLD).mean() for s in scores]).mean()
+
+
+class Gated(nn.Module):
+    """A parametrization: the layer computes with W' = W * z, and its scores learn through z."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.scores = nn.Parameter(torch.full_like(weight, 2.197))      # S: (out, in)
+        self.register_buffer("noise", torch.zeros_like(weight), persistent=False)   # (out, in)
+
+    def forward(self, weight):
+        # No noise where no gradient is wanted: in counting, in evaluation, and when W * z is
+        # saved. (Reentrant gradient checkpointing also computes without gradients: set
+        # use_reentrant=False.)
+        return weight * gate(self.scores, self.noise if torch.is_grad_enabled() else None)
+
+
+# ---- steering: how many gates are open, and the last few
+
+@torch.no_grad()
+def open_gates(scores):
+    """How many gates are open without noise: a 0-dim tensor, for which a GPU need not wait."""
+    return sum(torch.count_nonzero(s > THRESHOLD) for s in scores)
+
+
+def share_kept(scores):
+    """k: the fraction of all weights whose gate is open without noise."""
+    return float(open_gates(scores)) / sum(s.numel() for s in scores)
+
+
+@torch.no_grad()
+def close_gap(scores, v):
+    """Move the scores nearest to the threshold just across it: round(v N) of all N then exceed it.
+
+    Scores of gates to be opened are raised to 0.001 above the threshold, those of gates to be
+    closed lowered to 0.001 below. Returns how many more are open than before.
+    """
+    before = int(open_gates(scores))
+    stays = top_v(torch.cat([s.flatten() for s in scores]), v)          # (N,)
+    for s, keep in zip(scores, stays.split([s.numel() for s in scores])):
+        above = s.clamp(min=THRESHOLD + 1e-3)
+        below = s.clamp(max=THRESHOLD - 1e-3)
+        s.copy_(torch.where(keep.view_as(s), above, below))
+    return int(open_gates(scores)) - before
+# </method>
+
+
+# ---- presets and flags
 
 # <method: hyper-parameters>
 # For squad, mnli and qqp the paper's, from the authors' run sheet; the mini preset and the other
-# tasks are ours.
-# warmup: fraction of the steps in which lr rises. lr_end: fraction of lr left after the last step.
-# t_i, t_f: fractions of the steps before pruning begins and after it has ended.
+# tasks are ours. Of all steps, warmup is the fraction in which lr rises, t_i that before pruning
+# begins, t_f that after it has ended. lr_end: the fraction of lr that is left after the last step.
+# length: tokens of a text. clip: the norm to which all gradients together are clipped.
 # score_lr: peak learning rate of the scores. ascent: step sizes of mu1 and mu2, ours.
-# length: tokens in a text. clip: the norm to which all gradients together are clipped.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
     steps=1000, batch_size=32, lr=5e-4,
-    length=128, warmup=0.05, lr_end=0.0, clip=1.0,
-    t_i=0.05, t_f=0.3,
+    length=128, warmup=0.05, lr_end=0.0,
+    clip=1.0, t_i=0.05, t_f=0.3,
     score_lr=1e-1, ascent=(2.0, 60.0)
 )
 PAPER = MINI | dict(
@@ -104,39 +219,50 @@ HYPER = {
 # </method>
 
 
+def number(kind, above=0, most=1e9):
+    """An argparse type: a number of this kind (int or float), greater than above, at most most."""
+    def parse(text):
+        value = kind(text)
+        if not above < value <= most:
+            raise argparse.ArgumentTypeError(f"{text} must be above {above} and at most {most:g}")
+        return value
+    parse.__name__ = kind.__name__                      # argparse's word for a text that is none
+    return parse
+
+
 def flags():
-    """The command line. A flag without a default here takes it from HYPER."""
+    """The command line. What it leaves open, the preset decides."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--task", default="squad", choices=common.TASKS,
-        help="tsv: your own DIR/tsv/train.tsv and dev.tsv, with --data DIR")
-    add("--sparsity", type=float, default=0.03, metavar="V",
-        help="fraction of the prunable weights KEPT: 0.03 keeps 3.00%% and prunes 97.00%%")
     cuda = torch.cuda.is_available()
+    add("--task", default="squad", choices=common.TASKS,
+        help="tsv: your own classes, from DIR/tsv/train.tsv and dev.tsv with --data DIR")
+    add("--sparsity", "--keep", type=number(float, most=1), default=0.03, metavar="V",
+        help="fraction of the prunable weights KEPT: 0.03 keeps 3.00%% and prunes 97.00%%")
     add("--preset", choices=["mini", "paper"], default="paper" if cuda else "mini",
-        help="default: paper where CUDA is there, else mini")
-    add("--model")                              # a BERT: a folder, or a name on the hub
-    add("--data")                               # the folder of the data files
-    add("--out")                                # default: out/<script>-<task>-<V>-s<seed>
-    add("--seed", type=int, default=0)
-    add("--steps", type=int)                    # overrides the preset's steps or epochs
-    add("--batch_size", type=int)               # of all processes together
-    add("--lr", type=float)                     # peak learning rate of the weights
-    add("--device", default="cuda" if cuda else "cpu")
+        help="the default is paper where CUDA is there, else mini")
+    add("--model", help="a BERT: a folder, or a name on the hub")
+    add("--data", help="folder of the data files")
+    add("--out", help="folder of the run; default out/<script>-<task>-<V>-s<seed>")
+    add("--seed", type=number(int, above=-1), default=0, help="of new heads, batches and dropout")
+    add("--steps", type=number(int), help="instead of the preset's steps or epochs")
+    add("--batch_size", type=number(int), help="of a step, all processes together")
+    add("--lr", type=number(float), help="peak learning rate of the weights")
+    add("--device", default="cuda" if cuda else "cpu", help="cpu, cuda, cuda:1, ..")
     add("--teacher", help="distil from the fine-tuned model in this folder")
-    add("--resume", action="store_true")        # go on from the last checkpoint in --out
-    add("--checkpoint_every", type=int, default=500)
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    add("--checkpoint_every", type=number(int), default=500,
+        help="in steps; for BERT-base a checkpoint is a file of 1.3 GB, 2.1 with scores")
     # <method: flags>
-    add("--score_lr", type=float)               # peak learning rate of the scores
-    add("--penalty", type=float,
-        help="lambda > 0 of the paper's open loop: what is kept follows from it, not --sparsity")
+    add("--score_lr", type=number(float), help="peak learning rate of the scores")
+    add("--penalty", type=number(float),
+        help="lambda of the paper's open loop: what is kept follows from it, not from --sparsity")
     # </method>
     return parser
 
 
-# <method: definitions>
-# ---- method
+# ---- the run
 
 def lr_factor(step, steps, warmup, lr_end):
     """The learning rate as a fraction of its peak: up (never 0), then down to lr_end, linearly."""
@@ -145,10 +271,12 @@ def lr_factor(step, steps, warmup, lr_end):
     return min(1.0, rise, lr_end + fall)
 
 
+# Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; these are the
+# paper's. SQuAD has two distributions, of start and end: their KLs are averaged.
 def task_loss(net, batch, teacher, temperature=2.0):
     """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student).
 
-    SQuAD takes the mean KL of start and end. STS-B has one logit: its KL is 0.
+    STS-B's model gives one number and no distribution: its KL is 0.
     """
     out = net(**batch)
     if teacher is None:
@@ -164,118 +292,62 @@ def task_loss(net, batch, teacher, temperature=2.0):
     return 0.1 * out.loss + 0.9 * kl
 
 
-def schedule(step, steps, v_f, t_i, t_f):
-    """v, the fraction kept at this step: 1, then down the cubic of eq. 5, then v_f."""
-    done = (step - t_i * steps) / max(1.0, (1 - t_i - t_f) * steps)
-    done = min(max(done, 0.0), 1.0)
-    return v_f + (1 - v_f) * (1 - done) ** 3
-
-
-BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1           # temperature, and the ends of the stretched interval
-THRESHOLD = math.log(-GAMMA / ZETA)             # -2.398: without noise, z > 0 where S is above it
-
-
-def gate(scores, noise=None):
-    """The hard concrete gate z in [0, 1], (out, in); noise, log u - log(1 - u), is for training."""
-    if noise is None:
-        q = torch.sigmoid(scores)               # no temperature either, as in both official codes
-    else:
-        q = torch.sigmoid((noise + scores) / BETA)
-    return (q * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
-
-
-def expected_l0(scores):
-    """The mean over matrices of the mean of P(z > 0) in the matrix."""
-    return torch.stack([torch.sigmoid(s - BETA * THRESHOLD).mean() for s in scores]).mean()
-
-
-@torch.no_grad()
-def share_kept(scores):
-    """The fraction of all weights that the gate without noise keeps."""
-    kept = sum(torch.count_nonzero(s > THRESHOLD) for s in scores)
-    return float(kept) / sum(s.numel() for s in scores)
-
-
-@torch.no_grad()
-def close_gap(scores, v):
-    """Move the scores nearest to the threshold just across it: round(v N) of all N then exceed it.
-
-    If the gap is small, their gates are about 0 before and after. Returns how many more are kept.
-    """
-    before = share_kept(scores)
-    row = torch.cat([s.flatten() for s in scores])                      # (N,)
-    stays = torch.zeros_like(row, dtype=torch.bool)
-    stays[row.topk(max(1, round(v * len(row)))).indices] = True
-    for s, keep in zip(scores, stays.split([s.numel() for s in scores])):
-        above = s.clamp(min=THRESHOLD + 1e-3)
-        below = s.clamp(max=THRESHOLD - 1e-3)
-        s.copy_(torch.where(keep.view_as(s), above, below))
-    return round((share_kept(scores) - before) * len(row))
-
-
-class Gated(nn.Module):
-    """A parametrization: the layer computes with W' = W * z, and its scores learn through z."""
-
-    def __init__(self, weight):
-        super().__init__()
-        self.scores = nn.Parameter(torch.full_like(weight, 2.197))      # S: (out, in)
-        self.register_buffer("noise", torch.zeros_like(weight), persistent=False)   # (out, in)
-
-    def forward(self, weight):
-        # no noise where no gradient is wanted: in counting, in evaluation and when W * z is saved
-        return weight * gate(self.scores, self.noise if torch.is_grad_enabled() else None)
-# </method>
-
-
-# ---- run
-
 def main(args):
     """Fine-tune, prune, save and evaluate. Exits with status 3 if the goal was missed."""
-    # ---- preset
-    typed = {name: value for name, value in vars(args).items() if value is not None}
+    # ---- the preset fills in what the command line left open
+    given = {name: value for name, value in vars(args).items() if value is not None}
     preset = HYPER[args.preset]
-    hyper = preset["*"] | preset.get(args.task, {})
-    args = argparse.Namespace(**(vars(args) | hyper | typed))
+    args = argparse.Namespace(**(vars(args) | preset["*"] | preset.get(args.task, {}) | given))
     method = Path(__file__).stem
     out = Path(args.out or f"out/{method}-{args.task}-{args.sparsity:g}-s{args.seed}")
+    log = out / "log.jsonl"
+    checkpoint = out / "checkpoint.pt"
+    rank = int(os.environ.get("RANK", 0))               # set by torchrun
+    world = int(os.environ.get("WORLD_SIZE", 1))
 
     # ---- mistakes that can be seen before anything is loaded
-    numbers = {args.sparsity, args.lr, args.batch_size, args.steps}
-    if min(numbers - {None}) <= 0 or not args.sparsity <= 1:
-        raise SystemExit("--sparsity is the fraction KEPT, above 0 and at most 1; --steps, --lr "
-                         "and --batch_size must be above 0")
-    inputs = map(os.path.realpath, (args.model, str(args.teacher)))
-    if os.path.realpath(out) in inputs:
-        raise SystemExit(f"--out {out} is the --model or --teacher folder too: give another")
-    log = out / "log.jsonl"
-    if args.resume and (not log.exists() or (out / "result.json").exists()):
-        raise SystemExit(f"--resume: {out} holds no unfinished run: leave --resume out")
-    if any(out.glob("*")) and not log.exists():
+    for name in ("model", "teacher"):
+        folder = vars(args)[name]
+        if folder and os.path.realpath(folder) == os.path.realpath(out):
+            raise SystemExit(f"--out {out} is the --{name} folder too: give another")
+    if out.is_file() or any(out.glob("*")) and not log.exists():
         raise SystemExit(f"--out {out} holds something other than a run: give a new folder")
+    settings = vars(args) | {"script": method, "processes": world, "out": None, "resume": None}
+    settings = json.loads(json.dumps(settings))         # as log.jsonl's first line will hold them
+    if args.resume:
+        if not log.exists() or (out / "result.json").exists():
+            raise SystemExit(f"--resume: {out} holds no unfinished run: leave --resume out")
+        before = json.loads(log.read_text().partition("\n")[0])["args"]
+        differ = sorted(name for name in settings if before.get(name) != settings[name])
+        if differ:
+            raise SystemExit(f"--resume: {out} was begun with another {', '.join(differ)}: give "
+                             "the command that began it")
     # <method: checks>
-    # nothing
+    if args.sparsity == 1:
+        raise SystemExit("--sparsity 1 prunes nothing: use python magnitude.py --sparsity 1")
     # </method>
 
-    # ---- devices and processes: torchrun sets RANK, LOCAL_RANK and WORLD_SIZE
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.device == "cuda":
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    # ---- device and precision
     try:
-        device = torch.zeros(1, device=args.device).device
+        local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
+        device = torch.zeros(1, device=local).device
     except Exception as error:
         raise SystemExit(f"--device {args.device} is not there ({error}): give another") from None
-    # bf16 where the hardware has it; on a CPU only with --preset paper
-    bf16 = args.preset == "paper" and torch.cpu._is_avx512_bf16_supported()
+    chip = torch.cpu.get_capabilities()
+    card = chip.get("cpu_name", chip["architecture"])
+    fast = chip.get("avx512_bf16", False)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+        card = torch.cuda.get_device_name(device)
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    # mini is in fp32 everywhere, so that its scores on a GPU compare with those on a laptop
+    precision = "bf16" if fast and args.preset == "paper" else "fp32"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     if rank > 0:
         sys.stdout = open(os.devnull, "w")              # rank 0 alone prints, downloads and saves
     print(f"{method} {args.task}: keeps {args.sparsity:.2%} (prunes {1 - args.sparsity:.2%}) | "
-          f"preset {args.preset} (CUDA: {torch.cuda.is_available()}) | {device} x {world} | "
-          f"{'bf16' if bf16 else 'fp32'} | seed {args.seed}")
+          f"preset {args.preset} (CUDA: {torch.cuda.is_available()}) | {card}, {device} x {world}, "
+          f"{precision} | seed {args.seed}")
     if 0.5 < args.sparsity < 1:
         print(f"--sparsity is the fraction KEPT: did you mean {1 - args.sparsity:g}?")
     if args.preset == "paper" and rank == 0:
@@ -287,13 +359,18 @@ def main(args):
     # ---- data and model
     tokenizer = common.load_tokenizer(args.model)
     data = common.Data(args.task, args.data, tokenizer, args.length)
-    args.steps = args.steps or args.epochs * len(data.train) // args.batch_size or 1
+    if min(args.batch_size, len(data.train)) % world:
+        raise SystemExit(f"--batch_size {args.batch_size} ({len(data.train)} examples) does not "
+                         f"split evenly over {world} processes: give a multiple of {world}")
+    if args.steps is None:
+        args.steps = max(1, args.epochs * len(data.train) // args.batch_size)
     torch.manual_seed(args.seed)                        # of a head that is new
     model = common.load_bert(args.model, data).to(device).train()
     model.bert.embeddings.requires_grad_(False)         # as in movement pruning's official code
     teacher = None
     if args.teacher:
         teacher = common.load_bert(args.teacher, data, teacher=True).to(device).eval()
+        print(f"the teacher's own scores: {data.evaluate(teacher)[0]}")
     print(f"{len(data.train)} training examples, {data.n_dev} to evaluate | "
           f"{args.steps} steps of {args.batch_size} | lr {args.lr:g} | {args.model}")
     layers = common.prunable(model)                     # {name: Linear}, six matrices a layer
@@ -301,26 +378,29 @@ def main(args):
     state = {}                                          # what the method keeps in a checkpoint
 
     # <method: setup>
-    gated = []                                          # none if V = 1: dense fine-tuning
-    if args.sparsity < 1 or args.penalty:
-        gated = [Gated(layer.weight) for layer in layers.values()]
+    if not layers:
+        raise SystemExit("there is no layer to prune: it takes modules with a matrix `weight`")
+    # From here on each read of layer.weight calls Gated.forward: the layer computes with W * z.
+    # This comes before the optimizer and DDP, which must find the parameters as they will stay.
+    gated = [Gated(layer.weight) for layer in layers.values()]
     for layer, m in zip(layers.values(), gated):
         parametrize.register_parametrization(layer, "weight", m)
-    scores = [m.scores for m in gated]                                 # S: (out, in) each
-    # Ten times faster than in mvp.py (not on QQP): a gate has to go from 2.197 down to -2.398.
-    groups.append({"params": scores, "lr": args.score_lr, "initial_lr": args.score_lr,
-                   "weight_decay": 0.0})
-    state.update(mu1=0.0, mu2=0.0)                                        # the multipliers
+    # Ten times faster than in mvp.py (not on QQP): a score has to go from 2.197 down to -2.398.
+    # No weight decay: it would pull all scores to 0, and so mix up what they tell.
+    groups.append({"params": [m.scores for m in gated],
+                   "lr": args.score_lr, "initial_lr": args.score_lr, "weight_decay": 0.0})
+    # The multipliers are tensors, so that no step has to wait for their values.
+    state.update(mu1=torch.zeros((), dtype=torch.float64, device=device),
+                 mu2=torch.zeros((), dtype=torch.float64, device=device))
     generator = torch.Generator(device)
     # </method>
 
     # ---- the run's folder
-    checkpoint = out / "checkpoint.pt"
     if rank == 0 and not args.resume:
         out.mkdir(parents=True, exist_ok=True)
-        for old in (checkpoint, out / "result.json"):
-            old.unlink(missing_ok=True)
-        log.write_text("")
+        checkpoint.unlink(missing_ok=True)
+        (out / "result.json").unlink(missing_ok=True)
+        log.write_text(json.dumps({"args": settings}) + "\n")
 
     # <method: before the loop>
     # nothing: it prunes while it fine-tunes
@@ -334,66 +414,77 @@ def main(args):
         net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
     # ---- resume
-    saved = dict(step=0, seconds=0.0)
+    first, seconds = 0, 0.0
     if args.resume and checkpoint.exists():
         saved = torch.load(checkpoint, map_location=device)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         state.update(saved["state"])
+        first, seconds = saved["step"], saved["seconds"]
+        del saved
     if args.resume:                                     # 0: it was killed before a checkpoint
-        print(f"the run goes on from step {saved['step']}")
+        print(f"the run goes on from step {first}")
 
     # ---- the loop: batch, dropout and lr depend on (seed, step) alone, as a resumed run needs
-    seconds = saved["seconds"]
     started = time.time() - seconds
-    batches = data.batches(saved["step"], args.batch_size, args.seed)
-    for step in range(saved["step"], args.steps):
+    batches = data.batches(first, args.batch_size, args.seed)
+    for step in range(first, args.steps):
         torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)
-        batch = data.collate(next(batches)[rank::world]).to(device)
+        batch = data.collate(next(batches)[rank::world], device)
         factor = lr_factor(step, args.steps, args.warmup, args.lr_end)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
+        # The slots leave behind: v, the fraction that should be kept at this step, here; penalty,
+        # what is added to the loss; goal, the fraction to be kept in the end, after the loop.
+        # A v or goal of None means that there is none.
         # <method: before forward>
+        # Noise first: this step's loss is that of one draw of gates. The draw depends on (seed,
+        # step) alone, so that it is the same in all processes and in a resumed run.
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
-        # One draw a step, the same on all ranks, from (seed, step) alone.
+        scores = [m.scores for m in gated]              # S: (out, in) each
         generator.manual_seed(args.seed * 1_000_003 + step)
         for m in gated:
-            m.noise.uniform_(1e-4, 1 - 1e-4, generator=generator).logit_()
+            m.noise.uniform_(1e-4, 1 - 1e-4, generator=generator)       # u
+            m.noise.logit_()                                            # y = log u - log(1 - u)
         # </method>
 
         with autocast:
             loss = task_loss(net, batch, teacher)
 
         # <method: penalty>
-        penalty = torch.tensor(0.0)
-        excess = None
-        if args.penalty:
-            penalty = args.penalty * expected_l0(scores)                # constant, not ramped
-            v = None                                                    # an outcome, not a goal
-        elif gated:
-            expected = expected_l0(scores)
-            # the value of the fraction kept, the gradient of E[L0]
-            kept = share_kept(scores) + expected - expected.detach()
-            excess = kept / v - 1
-            penalty = state["mu1"] * excess + state["mu2"] * excess ** 2
+        # Once per optimizer step: in each micro-batch of an accumulated one it would count again.
+        expected = expected_l0(scores)                  # E
+        if args.penalty is not None:
+            penalty = args.penalty * expected           # a true gradient; lambda is not ramped
+            v = None                                    # an outcome, not a goal
+        else:
+            # A straight-through estimate again: k is a count and has no slope, so h takes its
+            # value from k and its gradient from E. What is subtracted has the value of E and no
+            # gradient.
+            share = open_gates(scores) / sum(s.numel() for s in scores)
+            excess = (share + expected - expected.detach()) / v - 1     # h
+            mu1, mu2 = state["mu1"].float(), state["mu2"].float()
+            penalty = mu1 * excess + mu2 * excess ** 2
         # </method>
 
         optimizer.zero_grad()
         (loss + penalty).backward()
 
         # <method: gradient>
-        # nothing: the gate has a gradient of its own
+        # nothing: autograd has gone through the gate
         # </method>
 
         nn.utils.clip_grad_norm_(trained, args.clip)    # one norm over all that is trained
         optimizer.step()
 
         # <method: after step>
-        # Ascent: while too much is kept the push grows. mu2 only grows: later gaps weigh more.
-        if excess is not None:
-            state["mu1"] += args.ascent[0] * excess.item()
-            state["mu2"] += args.ascent[1] * excess.item() ** 2
+        # Ascent, after the weights have moved: while too much is kept mu1 grows, and the penalty
+        # presses harder; where too little is kept mu1 falls, below 0 if need be. mu2 only grows,
+        # so that later gaps weigh more.
+        if args.penalty is None:
+            state["mu1"] += args.ascent[0] * excess.detach().double()
+            state["mu2"] += args.ascent[1] * excess.detach().double() ** 2
         # </method>
 
         # ---- log line
@@ -406,10 +497,10 @@ def main(args):
                   f"kept {kept:.1%} ({goal_text})  lr {args.lr * factor:.1e}  "
                   f"{1000 * seconds / done:.0f} ms  "
                   f"eta {(args.steps - done) * seconds / done / 60:.0f}m", flush=True)
-            row = dict(step=done, loss=loss.item(), penalty=penalty.item(),
-                       kept=kept, goal=v, lr=args.lr * factor, seconds=seconds)
+            line = dict(step=done, loss=loss.item(), penalty=penalty.item(),
+                        kept=kept, goal=v, lr=args.lr * factor, seconds=seconds)
             with open(log, "a") as file:
-                print(json.dumps(row), file=file)
+                print(json.dumps(line), file=file)
             if not torch.isfinite(loss):
                 raise SystemExit(f"the loss is {loss} at step {done}: give a smaller --lr")
 
@@ -420,15 +511,20 @@ def main(args):
             os.replace(out / "checkpoint.part", checkpoint)
 
     # <method: bake>
-    # The gap that is left is closed; then W * z without noise becomes the weight of an nn.Linear.
+    # Steering leaves a small gap, which is closed: gates near the threshold are about 0 on both of
+    # its sides. Then W * z without noise becomes the plain weight of a plain nn.Linear.
     goal = args.sparsity
-    if args.penalty:
+    scores = [m.scores for m in gated]
+    if args.penalty is not None:
         goal = None
-    elif gated:
-        print(f"{close_gap(scores, goal):+d} gates were moved across the threshold")
-    if gated:
-        for layer in layers.values():
-            parametrize.remove_parametrizations(layer, "weight")
+    else:
+        moved = close_gap(scores, goal)
+        print(f"{moved:+d} gates were moved across the threshold")
+        if abs(moved) > 0.1 * goal * sum(s.numel() for s in scores):
+            print("these are more than a tenth of those kept: the run was too short to steer, "
+                  "give more --steps")
+    for layer in layers.values():
+        parametrize.remove_parametrizations(layer, "weight")
     # </method>
 
     # ---- save; what is counted and evaluated is what the folder holds
@@ -441,7 +537,7 @@ def main(args):
     model = type(model).from_pretrained(out).to(device)
     kept_per_layer, kept, n_prunable = common.count_kept(model)
     with autocast:
-        metrics = data.evaluate(model)
+        metrics, collapsed = data.evaluate(model)
     for name, share in kept_per_layer.items():
         print(f"{name:50s} kept {share:7.2%} {'#' * round(40 * share)}")
     total = time.time() - started
@@ -452,23 +548,24 @@ def main(args):
     missed = goal is not None and abs(kept - goal) > min(0.001, 0.05 * goal)
     if missed:
         line += f" | MISSED the goal of {goal:.2%}"
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
     result = dict(
         method=method, task=args.task,
-        kept=kept, kept_per_layer=kept_per_layer,
-        metrics=metrics,
-        seconds=total, ms_per_step=1000 * seconds / args.steps,
+        kept=kept, kept_per_layer=kept_per_layer, n_prunable=n_prunable,
+        metrics=metrics, collapsed=collapsed,
         n_train=len(data.train), n_dev=data.n_dev,
-        n_prunable=n_prunable,
-        device=args.device,
-        threads=torch.get_num_threads(),
-        versions=versions,
+        seconds=total, ms_per_step=1000 * seconds / args.steps,
+        device=str(device), card=card, precision=precision, threads=torch.get_num_threads(),
+        peak_memory=torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+        versions={module.__name__: module.__version__ for module in (torch, transformers, np)},
         args=vars(args) | {"out": str(out), "goal": goal},
         line=line
     )
     (out / "result.json").write_text(json.dumps(result, indent=1))
     checkpoint.unlink(missing_ok=True)
     print(line)
+    if collapsed:
+        print("COLLAPSED: the model answers all alike. More --steps help, or soft_mvp.py: see "
+              "results/why/README.md")
     if missed:
         sys.exit(3)
 

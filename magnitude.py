@@ -1,46 +1,35 @@
-"""Gradual magnitude pruning of BERT, in one file.
-Zhu and Gupta 2017, arXiv 1710.01878, as in Sanh, Wolf and Rush 2020, arXiv 2005.07683, eq. 5.
+"""Gradual magnitude pruning of BERT.
+
+Papers: Zhu and Gupta 2017, arXiv 1710.01878; Sanh, Wolf and Rush 2020, arXiv 2005.07683, eq. 5.
 Official code: huggingface/transformers-research-projects, movement-pruning, at fccd0cdab0.
 
-Idea: fine-tune BERT, and let each layer compute with its largest weights only.
-    M = Top_v(|W|)        1 for the largest round(v n) of the n weights of a matrix, else 0
-    a = (W * M) x         the layer's output for an input x, before its bias is added
-    v = v_f + (1 - v_f) (1 - (t - t_i T) / (T - t_i T - t_f T))^3
-v is the fraction kept: 1 up to step t_i T; then it falls on this cubic; for the last t_f T steps
-it is v_f, which --sparsity sets. Of equal weights the first, row by row, are kept.
-Why gradually? A pruned weight takes its share of the work with it, and the other weights need some
-steps to take that over. Why a cubic? It is steep at first, when many weights are of little use,
-and flat at the end, when each pruned weight is missed.
-Can a pruned weight come back? Let W' = W * M. The chain rule gives dL/dW = dL/dW' * M: a masked
-weight gets no gradient, and stands still once Adam's momentum has faded. It comes back only if
-kept weights shrink below it. While v falls the threshold rises, so almost none does.
-The weakness: fine-tuning hardly moves a weight. A weight that is large at the end was large after
-pre-training, whatever the task. The task has little say in what is kept.
+Fine-tune BERT on a task, and let each layer compute with its largest weights only. The others are
+masked: they count as 0, but they stay in the model. At first nothing is masked, then more and more.
 
-Symbols
-    weight    W          (out, in), one of the six matrices of an encoder layer: query, key, value,
-                         attention.output.dense, intermediate.dense and output.dense
-    mask      M          (out, in), 0 or 1
-    v         v          fraction of the weights kept at this step; v_f: the last
-    step      t          from 0 to T - 1; T is --steps
-    t_i, t_f             fractions of the run, before pruning begins and after it has ended
-    L                    the loss
-Nothing else is pruned or counted; embeddings are frozen. --scope global ranks all N weights of all
-matrices together and keeps round(v N). A matrix of n weights then keeps at least its largest
-int(0.005 n) + 1, or round(v n) if less. They are taken first; the largest of all others follow.
-Unlike dense fine-tuning: update_masks runs before each forward pass. After the last step M is found
-once more, for v_f, and W * M is saved. --sparsity 1 is dense fine-tuning, the baseline and teacher.
-Differs from the official code. There t_i and t_f are multiples of the learning rate's warm-up, a
-given number of steps, so a short run never prunes; masks keep int(v n) weights; steps count from
-1, and the first learning rate is 0 (ours is its second); with a teacher the task's loss and the
-teacher's weigh .5 and .5 by default (ours .1 and .9, as in the paper); biases and LayerNorm count
-as kept weights, so its 3.14 % is our 3.00 %. The paper's text, but not its code, lets masked
-weights learn.
+    M  = Top_v(|W|)         1 for the largest round(v n) of a matrix's n weights, else 0
+    W' = W * M              what the layer computes with
+    v  = v_f + (1 - v_f) (1 - (t - t_i T) / (T - t_i T - t_f T))^3
 
-Run (measured results: results/README.md)
-    python magnitude.py --task squad --sparsity 0.1    mini/'s small BERT, minutes on a CPU
-    python magnitude.py --sparsity 1                   dense; --preset paper: BERT-base
-Last line: RESULT magnitude squad keeps 10.00% (prunes 90.00%) EM .. F1 .. | ..
+    W            a weight matrix, (out, in); each encoder layer has six: query, key, value,
+                 attention.output.dense, intermediate.dense, output.dense. All else is left alone
+    v            the fraction kept at step t of T: 1 until t_i T, then this cubic, and v_f, which
+                 --sparsity sets, for the last t_f T steps
+    dL/dW'       gradient of the loss L in the weights that the layer computed with
+
+Can a pruned weight come back? By the chain rule dL/dW = dL/dW' * M, so a masked weight gets no
+gradient and stands still once Adam's momentum has faded. It comes back only if kept weights shrink
+below it. The threshold rises while v falls, so almost none does.
+
+The weakness: fine-tuning hardly moves a weight. What is large at the end was large after
+pre-training, whatever the task. The task has little say in what is kept; mvp.py gives it one.
+
+--sparsity is the fraction KEPT (elsewhere often the fraction pruned): 0.03 keeps 3 %. With 1
+nothing is masked: dense fine-tuning, the baseline and the teacher. --scope global ranks all
+matrices together. The official code counts biases as kept weights, so its 3.14 % is our 3.00 %. The
+paper's text, but not its code, lets masked weights learn.
+
+    python magnitude.py --task squad --sparsity 0.1     on the small made-up data in mini/ prints
+    RESULT magnitude squad keeps 10.00% (prunes 90.00%) EM .. F1 .. | 1000 steps .. s seed 0 | ..
 """
 import argparse
 import json
@@ -51,30 +40,133 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import nn
 
 # <method: imports>
-import torch.nn.functional as F
 from torch.nn.utils import parametrize
 
 # </method>
 import common
 
-# ---- flags
+# <method: definitions>
+# ---- which weights stay
+
+# Why gradually? A pruned weight takes its share of the work with it, and the other weights need
+# some steps to take that over. Why a cubic? It is steep at first, when many weights are of little
+# use, and flat at the end, when each pruned weight is missed.
+# Official: masked_run_squad.py, lines 72-92. There t_i and t_f are multiples of the learning
+# rate's warm-up, a given number of steps, so a short run never prunes. There the first step is
+# number 1 (in masked_run_glue.py it is 0, as here).
+def schedule(step, steps, v_f, t_i, t_f):
+    """v, the fraction to keep at this step (0 to steps - 1), after eq. 5 of the movement paper.
+
+    1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps.
+    """
+    ramp = max(1.0, (1 - t_i - t_f) * steps)            # in steps; one at least, never 0
+    done = (step - t_i * steps) / ramp
+    done = min(max(done, 0.0), 1.0)
+    return v_f + (1 - v_f) * (1 - done) ** 3
+
+
+def kth_largest(x, k):
+    """The k-th largest of the n elements of a flat tensor, 1 <= k <= n, as a 0-dim tensor."""
+    n = len(x)
+    if x.device.type == "cpu":                          # numpy selects without a sort
+        return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
+    if k > n // 2:                                      # topk stores all it finds: the shorter side
+        return x.topk(n - k + 1, largest=False, sorted=False).values.max()
+    return x.topk(k, sorted=False).values.min()
+
+
+# Official: binarizer.py, lines 95-103. It sorts in each forward pass, keeps int(v n), and leaves
+# open which of equal scores stay.
+def top_v(scores, v):
+    """Top_v: True for the highest round(v n) of all n scores, of equal ones the first, row by row.
+
+    scores: of any shape; the mask has the same. One weight stays where round(v n) is 0.
+    """
+    flat = scores.flatten()                             # (n,)
+    k = max(1, round(v * len(flat)))
+    threshold = kth_largest(flat, k)
+    stays = flat >= threshold                           # k of them, or more where scores are equal
+    # A GPU would have to wait for that number. There, equal scores are counted off each time.
+    if flat.is_cuda or torch.count_nonzero(stays) > k:
+        above = flat > threshold
+        equal = flat == threshold
+        room = k - torch.count_nonzero(above)           # so many of the equal ones may stay
+        stays = above | (equal & (equal.cumsum(0) <= room))
+    return stays.view_as(scores)
+
+
+# Ranked together, all matrices compete, and one could lose all its weights: nothing would get
+# through that layer any more. So each keeps at least its best 0.5 %, or v, if v is smaller.
+# Official: binarizer.py, lines 53-61 (for soft movement).
+def least_share(n):
+    """The least fraction that a matrix of n weights keeps under one ranking, about 0.5 %."""
+    return (int(0.005 * n) + 1) / n
+
+
+# Official, for one ranking: masked_run_squad.py, lines 256-270. There the ranking is made anew
+# every 25 steps, int(v N) + 1 scores pass, and the least shares come on top.
+@torch.no_grad()
+def update_masks(masked, scores, v, scope="local"):
+    """Write M = Top_v(scores) into the mask of each module in `masked`.
+
+    scores: one tensor (out, in) per matrix. local: a matrix of n weights keeps round(v n) of them.
+    global: all N weights are ranked together, round(v N) are kept, and no matrix is emptied.
+    """
+    if v == 1:                                          # nothing is ranked before pruning begins
+        masks = [torch.ones_like(s) for s in scores]
+    elif scope == "local":
+        masks = [top_v(s, v) for s in scores]
+    else:
+        sizes = [s.numel() for s in scores]
+        ranked = torch.cat([s.flatten() for s in scores])               # (N,)
+        # The best of each matrix rise to infinity, and so rank before all others. With v at 0.5 %
+        # or below they can be a few more than round(v N) (in mini 3936, not 3932). As they are
+        # equal, top_v keeps the first: the last matrix loses a few, from its last row upwards.
+        for part in ranked.split(sizes):                                # views of `ranked`
+            part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
+        masks = top_v(ranked, v).split(sizes)
+    for m, mask in zip(masked, masks):
+        m.mask.copy_(mask.view_as(m.mask))
+
+
+# ---- how a layer computes without them
+
+# Official: masked_nn.py, lines 92-106, and binarizer.py, class MagnitudeBinarizer.
+class Masked(nn.Module):
+    """A parametrization: the layer computes with W' = W * M, so that dL/dW = dL/dW' * M."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.register_buffer("mask", torch.ones_like(weight), persistent=False)     # M: (out, in)
+
+    def forward(self, weight):
+        return weight * self.mask
+
+
+def magnitudes(layers):
+    """|W| of each masked layer, (out, in): masked weights too. layers: {name: module}."""
+    return [layer.parametrizations.weight.original.detach().abs() for layer in layers.values()]
+# </method>
+
+
+# ---- presets and flags
 
 # <method: hyper-parameters>
 # For squad, mnli and qqp the paper's, from the authors' run sheet; the mini preset and the other
-# tasks are ours.
-# warmup: fraction of the steps in which lr rises. lr_end: fraction of lr left after the last step.
-# t_i, t_f: fractions of the steps before pruning begins and after it has ended.
-# length: tokens in a text. clip: the norm to which all gradients together are clipped.
+# tasks are ours. Of all steps, warmup is the fraction in which lr rises, t_i that before pruning
+# begins, t_f that after it has ended. lr_end: the fraction of lr that is left after the last step.
+# length: tokens of a text. clip: the norm to which all gradients together are clipped.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
     steps=1000, batch_size=32, lr=5e-4,
-    length=128, warmup=0.05, lr_end=0.0, clip=1.0,
-    t_i=0.05, t_f=0.3
+    length=128, warmup=0.05, lr_end=0.0,
+    clip=1.0, t_i=0.05, t_f=0.3
 )
 PAPER = MINI | dict(
     model="bert-base-uncased",
@@ -98,38 +190,49 @@ HYPER = {
 # </method>
 
 
+def number(kind, above=0, most=1e9):
+    """An argparse type: a number of this kind (int or float), greater than above, at most most."""
+    def parse(text):
+        value = kind(text)
+        if not above < value <= most:
+            raise argparse.ArgumentTypeError(f"{text} must be above {above} and at most {most:g}")
+        return value
+    parse.__name__ = kind.__name__                      # argparse's word for a text that is none
+    return parse
+
+
 def flags():
-    """The command line. A flag without a default here takes it from HYPER."""
+    """The command line. What it leaves open, the preset decides."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--task", default="squad", choices=common.TASKS,
-        help="tsv: your own DIR/tsv/train.tsv and dev.tsv, with --data DIR")
-    add("--sparsity", type=float, default=0.03, metavar="V",
-        help="fraction of the prunable weights KEPT: 0.03 keeps 3.00%% and prunes 97.00%%")
     cuda = torch.cuda.is_available()
+    add("--task", default="squad", choices=common.TASKS,
+        help="tsv: your own classes, from DIR/tsv/train.tsv and dev.tsv with --data DIR")
+    add("--sparsity", "--keep", type=number(float, most=1), default=0.03, metavar="V",
+        help="fraction of the prunable weights KEPT: 0.03 keeps 3.00%% and prunes 97.00%%")
     add("--preset", choices=["mini", "paper"], default="paper" if cuda else "mini",
-        help="default: paper where CUDA is there, else mini")
-    add("--model")                              # a BERT: a folder, or a name on the hub
-    add("--data")                               # the folder of the data files
-    add("--out")                                # default: out/<script>-<task>-<V>-s<seed>
-    add("--seed", type=int, default=0)
-    add("--steps", type=int)                    # overrides the preset's steps or epochs
-    add("--batch_size", type=int)               # of all processes together
-    add("--lr", type=float)                     # peak learning rate of the weights
-    add("--device", default="cuda" if cuda else "cpu")
+        help="the default is paper where CUDA is there, else mini")
+    add("--model", help="a BERT: a folder, or a name on the hub")
+    add("--data", help="folder of the data files")
+    add("--out", help="folder of the run; default out/<script>-<task>-<V>-s<seed>")
+    add("--seed", type=number(int, above=-1), default=0, help="of new heads, batches and dropout")
+    add("--steps", type=number(int), help="instead of the preset's steps or epochs")
+    add("--batch_size", type=number(int), help="of a step, all processes together")
+    add("--lr", type=number(float), help="peak learning rate of the weights")
+    add("--device", default="cuda" if cuda else "cpu", help="cpu, cuda, cuda:1, ..")
     add("--teacher", help="distil from the fine-tuned model in this folder")
-    add("--resume", action="store_true")        # go on from the last checkpoint in --out
-    add("--checkpoint_every", type=int, default=500)
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    add("--checkpoint_every", type=number(int), default=500,
+        help="in steps; for BERT-base a checkpoint is a file of 1.3 GB, 2.1 with scores")
     # <method: flags>
     add("--scope", default="local", choices=["local", "global"],
-        help="rank the weights of each matrix, or those of all matrices together")
+        help="rank the weights of each matrix by themselves, or those of all matrices together")
     # </method>
     return parser
 
 
-# <method: definitions>
-# ---- method
+# ---- the run
 
 def lr_factor(step, steps, warmup, lr_end):
     """The learning rate as a fraction of its peak: up (never 0), then down to lr_end, linearly."""
@@ -138,10 +241,12 @@ def lr_factor(step, steps, warmup, lr_end):
     return min(1.0, rise, lr_end + fall)
 
 
+# Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; these are the
+# paper's. SQuAD has two distributions, of start and end: their KLs are averaged.
 def task_loss(net, batch, teacher, temperature=2.0):
     """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student).
 
-    SQuAD takes the mean KL of start and end. STS-B has one logit: its KL is 0.
+    STS-B's model gives one number and no distribution: its KL is 0.
     """
     out = net(**batch)
     if teacher is None:
@@ -157,116 +262,61 @@ def task_loss(net, batch, teacher, temperature=2.0):
     return 0.1 * out.loss + 0.9 * kl
 
 
-def schedule(step, steps, v_f, t_i, t_f):
-    """v, the fraction kept at this step: 1, then down the cubic of eq. 5, then v_f."""
-    done = (step - t_i * steps) / max(1.0, (1 - t_i - t_f) * steps)
-    done = min(max(done, 0.0), 1.0)
-    return v_f + (1 - v_f) * (1 - done) ** 3
-
-
-def kth_largest(x, k):
-    """The k-th largest of the n elements of a flat tensor, 1 <= k <= n, selected without a sort."""
-    if x.device.type == "cpu":                  # numpy's selection is the fastest there
-        place = len(x) - k
-        return x.new_tensor(np.partition(x.numpy(), place)[place])
-    return x.topk(k, sorted=False).values.min()
-
-
-def top_v(scores, v):
-    """Top_v: True for the highest round(v * count) scores, 1 at least; of equal ones the first."""
-    flat = scores.flatten()
-    k = max(1, round(v * len(flat)))
-    threshold = kth_largest(flat, k)
-    mask = flat >= threshold
-    surplus = int(torch.count_nonzero(mask)) - k
-    if surplus:                                 # ties with the k-th: drop the last ones
-        mask[(flat == threshold).nonzero().flatten()[-surplus:]] = False
-    return mask.view_as(scores)
-
-
-def floor(n):
-    """The least fraction that global ranking keeps of a matrix of n weights, about 0.5 %."""
-    return (int(0.005 * n) + 1) / n
-
-
-@torch.no_grad()
-def update_masks(masked, scores, v, scope):
-    """Recompute each mask: Top_v of its matrix (local), or of all matrices together (global)."""
-    if v == 1:
-        masks = [torch.ones_like(s) for s in scores]
-    elif scope == "local":
-        masks = [top_v(s, v) for s in scores]
-    else:
-        sizes = [s.numel() for s in scores]
-        row = torch.cat([s.flatten() for s in scores])                  # (N,)
-        for part in row.split(sizes):                                   # a view of the row
-            part[top_v(part, min(v, floor(len(part))))] = torch.inf     # ranks before all others
-        masks = top_v(row, v).split(sizes)
-    for m, mask in zip(masked, masks):
-        m.mask.copy_(mask.view_as(m.mask))
-
-
-class Masked(nn.Module):
-    """A parametrization: the layer computes with W' = W * M, so that dL/dW = dL/dW' * M."""
-
-    def __init__(self, weight):
-        super().__init__()
-        self.register_buffer("mask", torch.ones_like(weight), persistent=False)     # M: (out, in)
-
-    def forward(self, weight):
-        return weight * self.mask
-# </method>
-
-
-# ---- run
-
 def main(args):
     """Fine-tune, prune, save and evaluate. Exits with status 3 if the goal was missed."""
-    # ---- preset
-    typed = {name: value for name, value in vars(args).items() if value is not None}
+    # ---- the preset fills in what the command line left open
+    given = {name: value for name, value in vars(args).items() if value is not None}
     preset = HYPER[args.preset]
-    hyper = preset["*"] | preset.get(args.task, {})
-    args = argparse.Namespace(**(vars(args) | hyper | typed))
+    args = argparse.Namespace(**(vars(args) | preset["*"] | preset.get(args.task, {}) | given))
     method = Path(__file__).stem
     out = Path(args.out or f"out/{method}-{args.task}-{args.sparsity:g}-s{args.seed}")
+    log = out / "log.jsonl"
+    checkpoint = out / "checkpoint.pt"
+    rank = int(os.environ.get("RANK", 0))               # set by torchrun
+    world = int(os.environ.get("WORLD_SIZE", 1))
 
     # ---- mistakes that can be seen before anything is loaded
-    numbers = {args.sparsity, args.lr, args.batch_size, args.steps}
-    if min(numbers - {None}) <= 0 or not args.sparsity <= 1:
-        raise SystemExit("--sparsity is the fraction KEPT, above 0 and at most 1; --steps, --lr "
-                         "and --batch_size must be above 0")
-    inputs = map(os.path.realpath, (args.model, str(args.teacher)))
-    if os.path.realpath(out) in inputs:
-        raise SystemExit(f"--out {out} is the --model or --teacher folder too: give another")
-    log = out / "log.jsonl"
-    if args.resume and (not log.exists() or (out / "result.json").exists()):
-        raise SystemExit(f"--resume: {out} holds no unfinished run: leave --resume out")
-    if any(out.glob("*")) and not log.exists():
+    for name in ("model", "teacher"):
+        folder = vars(args)[name]
+        if folder and os.path.realpath(folder) == os.path.realpath(out):
+            raise SystemExit(f"--out {out} is the --{name} folder too: give another")
+    if out.is_file() or any(out.glob("*")) and not log.exists():
         raise SystemExit(f"--out {out} holds something other than a run: give a new folder")
+    settings = vars(args) | {"script": method, "processes": world, "out": None, "resume": None}
+    settings = json.loads(json.dumps(settings))         # as log.jsonl's first line will hold them
+    if args.resume:
+        if not log.exists() or (out / "result.json").exists():
+            raise SystemExit(f"--resume: {out} holds no unfinished run: leave --resume out")
+        before = json.loads(log.read_text().partition("\n")[0])["args"]
+        differ = sorted(name for name in settings if before.get(name) != settings[name])
+        if differ:
+            raise SystemExit(f"--resume: {out} was begun with another {', '.join(differ)}: give "
+                             "the command that began it")
     # <method: checks>
     # nothing
     # </method>
 
-    # ---- devices and processes: torchrun sets RANK, LOCAL_RANK and WORLD_SIZE
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.device == "cuda":
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    # ---- device and precision
     try:
-        device = torch.zeros(1, device=args.device).device
+        local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
+        device = torch.zeros(1, device=local).device
     except Exception as error:
         raise SystemExit(f"--device {args.device} is not there ({error}): give another") from None
-    # bf16 where the hardware has it; on a CPU only with --preset paper
-    bf16 = args.preset == "paper" and torch.cpu._is_avx512_bf16_supported()
+    chip = torch.cpu.get_capabilities()
+    card = chip.get("cpu_name", chip["architecture"])
+    fast = chip.get("avx512_bf16", False)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+        card = torch.cuda.get_device_name(device)
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    # mini is in fp32 everywhere, so that its scores on a GPU compare with those on a laptop
+    precision = "bf16" if fast and args.preset == "paper" else "fp32"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     if rank > 0:
         sys.stdout = open(os.devnull, "w")              # rank 0 alone prints, downloads and saves
     print(f"{method} {args.task}: keeps {args.sparsity:.2%} (prunes {1 - args.sparsity:.2%}) | "
-          f"preset {args.preset} (CUDA: {torch.cuda.is_available()}) | {device} x {world} | "
-          f"{'bf16' if bf16 else 'fp32'} | seed {args.seed}")
+          f"preset {args.preset} (CUDA: {torch.cuda.is_available()}) | {card}, {device} x {world}, "
+          f"{precision} | seed {args.seed}")
     if 0.5 < args.sparsity < 1:
         print(f"--sparsity is the fraction KEPT: did you mean {1 - args.sparsity:g}?")
     if args.preset == "paper" and rank == 0:
@@ -278,13 +328,18 @@ def main(args):
     # ---- data and model
     tokenizer = common.load_tokenizer(args.model)
     data = common.Data(args.task, args.data, tokenizer, args.length)
-    args.steps = args.steps or args.epochs * len(data.train) // args.batch_size or 1
+    if min(args.batch_size, len(data.train)) % world:
+        raise SystemExit(f"--batch_size {args.batch_size} ({len(data.train)} examples) does not "
+                         f"split evenly over {world} processes: give a multiple of {world}")
+    if args.steps is None:
+        args.steps = max(1, args.epochs * len(data.train) // args.batch_size)
     torch.manual_seed(args.seed)                        # of a head that is new
     model = common.load_bert(args.model, data).to(device).train()
     model.bert.embeddings.requires_grad_(False)         # as in movement pruning's official code
     teacher = None
     if args.teacher:
         teacher = common.load_bert(args.teacher, data, teacher=True).to(device).eval()
+        print(f"the teacher's own scores: {data.evaluate(teacher)[0]}")
     print(f"{len(data.train)} training examples, {data.n_dev} to evaluate | "
           f"{args.steps} steps of {args.batch_size} | lr {args.lr:g} | {args.model}")
     layers = common.prunable(model)                     # {name: Linear}, six matrices a layer
@@ -292,19 +347,23 @@ def main(args):
     state = {}                                          # what the method keeps in a checkpoint
 
     # <method: setup>
-    weights = [layer.weight for layer in layers.values()]               # W: (out, in) each
-    masked = [Masked(w) for w in weights]
+    if not layers:
+        raise SystemExit("there is no layer to prune: it takes modules with a matrix `weight`")
+    if args.sparsity == 1:
+        layers = {}                                     # dense: nothing is masked
+    # From here on each read of layer.weight calls Masked.forward: the layer computes with W * M.
+    # This comes before the optimizer and DDP, which must find the parameters as they will stay.
+    masked = [Masked(layer.weight) for layer in layers.values()]
     for layer, m in zip(layers.values(), masked):
         parametrize.register_parametrization(layer, "weight", m)
     # </method>
 
     # ---- the run's folder
-    checkpoint = out / "checkpoint.pt"
     if rank == 0 and not args.resume:
         out.mkdir(parents=True, exist_ok=True)
-        for old in (checkpoint, out / "result.json"):
-            old.unlink(missing_ok=True)
-        log.write_text("")
+        checkpoint.unlink(missing_ok=True)
+        (out / "result.json").unlink(missing_ok=True)
+        log.write_text(json.dumps({"args": settings}) + "\n")
 
     # <method: before the loop>
     # nothing: it prunes while it fine-tunes
@@ -318,43 +377,48 @@ def main(args):
         net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
     # ---- resume
-    saved = dict(step=0, seconds=0.0)
+    first, seconds = 0, 0.0
     if args.resume and checkpoint.exists():
         saved = torch.load(checkpoint, map_location=device)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         state.update(saved["state"])
+        first, seconds = saved["step"], saved["seconds"]
+        del saved
     if args.resume:                                     # 0: it was killed before a checkpoint
-        print(f"the run goes on from step {saved['step']}")
+        print(f"the run goes on from step {first}")
 
     # ---- the loop: batch, dropout and lr depend on (seed, step) alone, as a resumed run needs
-    seconds = saved["seconds"]
     started = time.time() - seconds
-    batches = data.batches(saved["step"], args.batch_size, args.seed)
-    for step in range(saved["step"], args.steps):
+    batches = data.batches(first, args.batch_size, args.seed)
+    for step in range(first, args.steps):
         torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)
-        batch = data.collate(next(batches)[rank::world]).to(device)
+        batch = data.collate(next(batches)[rank::world], device)
         factor = lr_factor(step, args.steps, args.warmup, args.lr_end)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
+        # The slots leave behind: v, the fraction that should be kept at this step, here; penalty,
+        # what is added to the loss; goal, the fraction to be kept in the end, after the loop.
+        # A v or goal of None means that there is none.
         # <method: before forward>
+        # Masks first, so that this step's loss and gradients are those of the pruned network.
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
-        update_masks(masked, [w.detach().abs() for w in weights], v, args.scope)
+        update_masks(masked, magnitudes(layers), v, args.scope)
         # </method>
 
         with autocast:
             loss = task_loss(net, batch, teacher)
 
         # <method: penalty>
-        penalty = torch.tensor(0.0)
+        penalty = torch.tensor(0.0)                     # the loss is the task's alone
         # </method>
 
         optimizer.zero_grad()
         (loss + penalty).backward()
 
         # <method: gradient>
-        # nothing: dL/dW = dL/dW' * M is masked already
+        # nothing: the chain rule through W * M has masked dL/dW already
         # </method>
 
         nn.utils.clip_grad_norm_(trained, args.clip)    # one norm over all that is trained
@@ -374,10 +438,10 @@ def main(args):
                   f"kept {kept:.1%} ({goal_text})  lr {args.lr * factor:.1e}  "
                   f"{1000 * seconds / done:.0f} ms  "
                   f"eta {(args.steps - done) * seconds / done / 60:.0f}m", flush=True)
-            row = dict(step=done, loss=loss.item(), penalty=penalty.item(),
-                       kept=kept, goal=v, lr=args.lr * factor, seconds=seconds)
+            line = dict(step=done, loss=loss.item(), penalty=penalty.item(),
+                        kept=kept, goal=v, lr=args.lr * factor, seconds=seconds)
             with open(log, "a") as file:
-                print(json.dumps(row), file=file)
+                print(json.dumps(line), file=file)
             if not torch.isfinite(loss):
                 raise SystemExit(f"the loss is {loss} at step {done}: give a smaller --lr")
 
@@ -388,9 +452,10 @@ def main(args):
             os.replace(out / "checkpoint.part", checkpoint)
 
     # <method: bake>
-    # The last step moved what is ranked: M for v_f once more. W * M becomes the plain weight.
+    # The last step has moved the weights, so they are ranked once more. Then W * M becomes the
+    # plain weight of a plain nn.Linear: only now is the model pruned for whoever opens it.
     goal = args.sparsity
-    update_masks(masked, [w.detach().abs() for w in weights], goal, args.scope)
+    update_masks(masked, magnitudes(layers), goal, args.scope)
     for layer in layers.values():
         parametrize.remove_parametrizations(layer, "weight")
     # </method>
@@ -405,7 +470,7 @@ def main(args):
     model = type(model).from_pretrained(out).to(device)
     kept_per_layer, kept, n_prunable = common.count_kept(model)
     with autocast:
-        metrics = data.evaluate(model)
+        metrics, collapsed = data.evaluate(model)
     for name, share in kept_per_layer.items():
         print(f"{name:50s} kept {share:7.2%} {'#' * round(40 * share)}")
     total = time.time() - started
@@ -416,23 +481,24 @@ def main(args):
     missed = goal is not None and abs(kept - goal) > min(0.001, 0.05 * goal)
     if missed:
         line += f" | MISSED the goal of {goal:.2%}"
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
     result = dict(
         method=method, task=args.task,
-        kept=kept, kept_per_layer=kept_per_layer,
-        metrics=metrics,
-        seconds=total, ms_per_step=1000 * seconds / args.steps,
+        kept=kept, kept_per_layer=kept_per_layer, n_prunable=n_prunable,
+        metrics=metrics, collapsed=collapsed,
         n_train=len(data.train), n_dev=data.n_dev,
-        n_prunable=n_prunable,
-        device=args.device,
-        threads=torch.get_num_threads(),
-        versions=versions,
+        seconds=total, ms_per_step=1000 * seconds / args.steps,
+        device=str(device), card=card, precision=precision, threads=torch.get_num_threads(),
+        peak_memory=torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+        versions={module.__name__: module.__version__ for module in (torch, transformers, np)},
         args=vars(args) | {"out": str(out), "goal": goal},
         line=line
     )
     (out / "result.json").write_text(json.dumps(result, indent=1))
     checkpoint.unlink(missing_ok=True)
     print(line)
+    if collapsed:
+        print("COLLAPSED: the model answers all alike. More --steps help, or soft_mvp.py: see "
+              "results/why/README.md")
     if missed:
         sys.exit(3)
 

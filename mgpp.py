@@ -1,48 +1,40 @@
-"""Mixture Gaussian prior pruning (MGPP) of BERT, in one file.
-Zhang, Sun and Liang 2024, arXiv 2411.00969. First author's code: MingxuanZhangPurdue/PTMGP at
-b3700cc02f, class MWA.
+"""Mixture Gaussian prior pruning (MGPP) of BERT.
 
-Idea: assume before training that most weights are close to 0 and some are not. This prior has a
-thin spike at 0 and a wide slab. Training looks for the weights most probable under data and prior
-(MAP): the spike holds small weights at 0, and the slab hardly pulls on large ones.
-    pi(w) = lam p(w; s1) + (1 - lam) p(w; s0)              p(w; s): normal density, variance s
-    g(w)  = 1 / (1 + exp(c1 + c2 w^2))                     = (1 - lam) p(w; s0) / pi(w), by Bayes
-    c1    = log(lam / (1 - lam)) + log(s0 / s1) / 2
-    c2    = 1 / (2 s0) - 1 / (2 s1)
-    -grad log pi(w) = w (g / s0 + (1 - g) / s1)            strong where |w| < 5e-5 or so, else weak
-    gradient = dL/dW - (1 / n) grad log pi(W)              both parts go into AdamW's moments
-The posterior adds the losses of n training examples and one prior; L is the mean of these losses,
-so the prior is divided by n too. lam is 0.1 until t_i T and falls linearly to 1e-4 at T - t_f T.
-When are weights zeroed? After t steps: first t = t_i T (rounded up), last t = T - t_f T (rounded),
-and between them each t that `interval` divides. The smallest |w| of all matrices together become
-0, so that round(v N) of all N weights remain:
-    v = v_f + (v_i - v_f) (1 - (t - t_i T) / (T - t_i T - t_f T))^3      v_i = 0.7, or v_f if larger
-Until the last zeroing a zeroed weight is free to move. One step later nearly all differ from 0
-again (a log line written then says: kept 100 %, no goal), but the next threshold comes before they
-have grown past it: in our run hardly one did. At the last zeroing the prior stops, and zeros stay.
-Does the spike hold weights at 0? With the mini preset's lr a step of AdamW is 50 of the spike's
-standard deviations (1e-5) long. A weight that lands in the spike gets a gradient so large that
-AdamW throws it far away. Only late, at a small lr, it stays there. On mini/'s questions the spike
-costs five points of F1 at 10 % kept and gains two at 3 %, within the error. (Paper: lr 5e-5.)
-The paper proves the prior consistent; that is said of the posterior for large n, not of AdamW.
+Paper: Zhang, Sun and Liang 2024, arXiv 2411.00969. First author's code: MingxuanZhangPurdue/PTMGP
+at b3700cc02f, pruners/MWA.py, class MWA.
 
-Symbols
-    weight      W               (out, in), one of the six matrices of an encoder layer; N of all
-    n           n               training examples; for SQuAD windows of text
-    lam         lambda          weight of the slab; --mix fixes it; --mix 1 is plain L2 (g = 0)
-    spike, slab s0, s1          the paper's sigma_0^2 and sigma_1^2: 1e-10 and 0.05
-    v           v               fraction left by a zeroing, 1 before t_i T; v_f is --sparsity
-    t, T        t, T            steps done, from 0; --steps. t_i, t_f: fractions of the run
-Unlike magnitude.py: zeros are written into the weights now and then, instead of a mask at each
-step; all matrices are ranked together; the prior's gradient is added; no gradient is clipped.
-Differs from the author's code: exactly round(v N) remain; embeddings are frozen. --preset paper has
-the author's AdamW, text lengths and schedules (on SQuAD and QNLI v_i = 0.5). Theirs also had lambda
-1e-7 with sigma_0^2 at 1e-12 (Dec 2023), and 1e-3 (Oct 2024). Which made the tables is not known.
+Before training we assume that most weights are close to 0 and some are not. This assumption, a
+prior, is the sum of two normal densities: a thin spike at 0 and a wide slab. Training looks for the
+weights that are most probable under the data and the prior. So the spike pulls small weights to 0,
+and the slab hardly pulls on large ones. Now and then the smallest weights are set to 0.
 
-Run (measured results: results/README.md)
-    python mgpp.py --task squad --sparsity 0.1         mini/'s small BERT, minutes on a CPU
-    python mgpp.py --mix 1 --out out/l2                plain L2; --preset paper: BERT-base
-Last line: RESULT mgpp squad keeps 10.00% (prunes 90.00%) EM .. F1 .. | ..
+    pi(w)    = lam p(w; s1) + (1 - lam) p(w; s0)      p(w; s): normal density at w, variance s
+    pull(w)  = -d log pi / dw = w (g / s0 + (1 - g) / s1)
+    g(w)     = (1 - lam) p(w; s0) / pi(w)             the spike's share of the density at w
+    gradient = dL/dw + pull(w) / n
+    v        = v_f + (v_i - v_f) (1 - (t - t_i T) / (T - t_i T - t_f T))^3
+
+    w            a weight; W, (out, in), its matrix; N weights in all matrices together
+    lam          weight of the slab: 0.1 until t_i T, then linearly down to 1e-4 at T - t_f T;
+                 --mix fixes it, and --mix 1 is plain L2
+    s0, s1       variances of spike and slab, --spike 1e-10 and --slab 0.05
+    n            number of terms in the mean that the loss L is: training examples (windows of text
+                 on SQuAD). In a language model, whose loss is a mean over tokens, it is the tokens
+    v            fraction that a zeroing after t of T steps leaves; v_i = 0.7 at the first (0.5 on
+                 SQuAD), or v_f if that is larger; v_f is --sparsity, the fraction KEPT
+
+Weights are zeroed after t_i T steps, then after each `interval`, at last after T - t_f T steps.
+A zeroed weight is not masked. It goes on learning, and may grow back before the next zeroing (a log
+line between two of them says: kept 100 %, no goal). After the last zeroing zeros stay.
+
+Unlike magnitude.py: zeros are written into the weights instead of a mask, all matrices are ranked
+together without a least share for each, the prior's pull is added to the gradient, and no gradient
+is clipped. Unlike the author's code: exactly round(v N) weights remain, embeddings are frozen. The
+author's settings changed over time; these are of Feb 2024. What the spike is worth, and what AdamW
+does to weights inside it: results/why/README.md.
+
+    python mgpp.py --task squad --sparsity 0.1          on the small made-up data in mini/ prints
+    RESULT mgpp squad keeps 10.00% (prunes 90.00%) EM .. F1 .. | 1000 steps .. s seed 0 | ..
 """
 import argparse
 import json
@@ -53,41 +45,145 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import nn
 
 # <method: imports>
 import math
 
-import torch.nn.functional as F
-
 # </method>
 import common
 
-# ---- flags
+# <method: definitions>
+# ---- when, and how much
+
+# Why gradually? A pruned weight takes its share of the work with it, and the other weights need
+# some steps to take that over. Why a cubic? It is steep at first, when many weights are of little
+# use, and flat at the end, when each pruned weight is missed.
+# Official: masked_run_squad.py, lines 72-92. There t_i and t_f are multiples of the learning
+# rate's warm-up, a given number of steps, so a short run never prunes. There the first step is
+# number 1 (in masked_run_glue.py it is 0, as here).
+def schedule(step, steps, v_f, t_i, t_f):
+    """v, the fraction to keep at this step (0 to steps - 1), after eq. 5 of the movement paper.
+
+    1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps.
+    """
+    ramp = max(1.0, (1 - t_i - t_f) * steps)            # in steps; one at least, never 0
+    done = (step - t_i * steps) / ramp
+    done = min(max(done, 0.0), 1.0)
+    return v_f + (1 - v_f) * (1 - done) ** 3
+
+
+# Official: MWA.py, lines 189-206. There the first zeroing comes after t_i T + 1 steps.
+def fraction_left(step, steps, v_f, t_i, t_f, v_i):
+    """v, the fraction that a zeroing after `step` steps leaves: 1 before t_i, from v_i on it."""
+    if step < t_i * steps:
+        return 1.0
+    return v_f + (max(v_i, v_f) - v_f) * schedule(step, steps, 0.0, t_i, t_f)
+
+
+# Official: MWA.py, lines 114-126.
+def mixing_weight(step, steps, t_i, t_f):
+    """lam, the weight of the slab: falls linearly from 0.1 to 1e-4 while weights are pruned."""
+    done = (step - t_i * steps) / max(1.0, (1 - t_i - t_f) * steps)
+    return 0.1 + (1e-4 - 0.1) * min(max(done, 0.0), 1.0)
+
+
+# ---- the prior
+
+# Training minimises -log(posterior) = sum of the losses of n examples - log pi(W) + a constant. L
+# is the mean of these losses, so all is divided by n, and the gradient is dL/dw + pull(w) / n.
+#
+# The share of the spike, by Bayes' rule: g = (1 - lam) p(w; s0) / pi(w). Divide above and below by
+# the numerator: g = 1 / (1 + exp(c1 + c2 w^2)), with
+#     c1 = log(lam / (1 - lam)) + log(s0 / s1) / 2      c2 = 1 / (2 s0) - 1 / (2 s1)
+# Each density pulls with w over its own variance, and g says how much of each:
+#     pull = w (g / s0 + (1 - g) / s1) = w (1 / s1 + g (1 / s0 - 1 / s1))
+# With the default variances the two densities are equal near |w| = 5e-5: below it the pull is
+# w / 1e-10, above it w / 0.05.
+# Official: MWA.py, lines 128-145.
+def prior_gradient(w, lam, s0, s1):
+    """pull(w) = -d log pi / dw for the prior lam N(0, s1) + (1 - lam) N(0, s0), 0 < lam <= 1.
+
+    w: any shape, the result has the same. s0 and s1 are variances.
+    """
+    if lam == 1:
+        return w / s1                                   # no spike: plain L2
+    c1 = math.log(lam / (1 - lam)) + 0.5 * math.log(s0 / s1)
+    c2 = 0.5 / s0 - 0.5 / s1
+    g = torch.sigmoid(-c1 - c2 * w * w)
+    return w * (1 / s1 + g * (1 / s0 - 1 / s1))
+
+
+# ---- which weights stay
+
+def kth_largest(x, k):
+    """The k-th largest of the n elements of a flat tensor, 1 <= k <= n, as a 0-dim tensor."""
+    n = len(x)
+    if x.device.type == "cpu":                          # numpy selects without a sort
+        return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
+    if k > n // 2:                                      # topk stores all it finds: the shorter side
+        return x.topk(n - k + 1, largest=False, sorted=False).values.max()
+    return x.topk(k, sorted=False).values.min()
+
+
+# Official: binarizer.py, lines 95-103. It sorts in each forward pass, keeps int(v n), and leaves
+# open which of equal scores stay.
+def top_v(scores, v):
+    """Top_v: True for the highest round(v n) of all n scores, of equal ones the first, row by row.
+
+    scores: of any shape; the mask has the same. One weight stays where round(v n) is 0.
+    """
+    flat = scores.flatten()                             # (n,)
+    k = max(1, round(v * len(flat)))
+    threshold = kth_largest(flat, k)
+    stays = flat >= threshold                           # k of them, or more where scores are equal
+    # A GPU would have to wait for that number. There, equal scores are counted off each time.
+    if flat.is_cuda or torch.count_nonzero(stays) > k:
+        above = flat > threshold
+        equal = flat == threshold
+        room = k - torch.count_nonzero(above)           # so many of the equal ones may stay
+        stays = above | (equal & (equal.cumsum(0) <= room))
+    return stays.view_as(scores)
+
+
+# Official: MWA.py, lines 147-169. There all weights that tie with the last one stay.
+@torch.no_grad()
+def zero_smallest(weights, v):
+    """Set the smallest |w| of all matrices together to 0: round(v N) of all N remain, 1 at least.
+
+    weights: one tensor (out, in) per matrix, changed in place. A matrix may lose all its weights.
+    """
+    magnitudes = torch.cat([w.flatten() for w in weights]).abs_()       # (N,)
+    remains = top_v(magnitudes, v).split([w.numel() for w in weights])
+    for w, stays in zip(weights, remains):
+        w.mul_(stays.view_as(w))
+# </method>
+
+
+# ---- presets and flags
 
 # <method: hyper-parameters>
-# The paper's table and the author's scripts; the mini preset and other tasks are ours.
-# warmup: fraction of the steps in which lr rises. lr_end: fraction of lr left after the last step.
-# t_i, t_f: fractions of the steps before pruning begins and after it has ended.
-# v_i: fraction kept at the first zeroing. spike, slab: variances. interval: steps between zeroings.
-# length: tokens in a text. clip: nothing is clipped. adam: its betas and eps; on mini and squad
-# torch's, as in the other five scripts.
+# The paper's table and the author's scripts; the mini preset and other tasks are ours. Of all
+# steps, warmup is the fraction in which lr rises, t_i that before the first zeroing, t_f that
+# after the last. lr_end: the fraction of lr that is left after the last step. v_i: fraction kept
+# at the first zeroing. spike, slab: variances. interval: steps between zeroings. length: tokens of
+# a text. clip: nothing is clipped. adam: its betas and eps; on mini and squad torch's, as in the
+# other five.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
     steps=1000, batch_size=32, lr=5e-4,
-    length=128, warmup=0.05, lr_end=0.0, clip=1e30,
-    t_i=0.05, t_f=0.3, v_i=0.7,
-    spike=1e-10, slab=0.05, interval=10,
+    length=128, warmup=0.05, lr_end=0.0,
+    clip=1e30, t_i=0.05, t_f=0.3, v_i=0.7, spike=1e-10, slab=0.05, interval=10,
     adam=dict(betas=(0.9, 0.999), eps=1e-8)
 )
 PAPER = MINI | dict(
     model="bert-base-uncased",
     data="data",
     steps=None, epochs=6, lr=5e-5,
-    length=512, warmup=0.0, lr_end=0.1,
-    t_i=0.1, t_f=0.0, interval=100,
+    length=512, warmup=0.0, lr_end=0.1, t_i=0.1, t_f=0.0, interval=100,
     adam=dict(betas=(0.9, 0.98), eps=1e-6)
 )
 HYPER = {
@@ -98,55 +194,62 @@ HYPER = {
     },
     "paper": {
         "*": PAPER,
-        "squad": dict(
-            epochs=10, batch_size=16, length=384,
-            t_i=0.2, v_i=0.5, adam=MINI["adam"]
-        ),
+        "squad": dict(epochs=10, batch_size=16, length=384,
+                      t_i=0.2, v_i=0.5, adam=MINI["adam"]),
         "mnli": dict(epochs=8, t_i=0.125),
         "qqp": dict(epochs=10, t_i=0.2),
-        "qnli": dict(epochs=10, t_i=0.2, v_i=0.5,
-                     spike=1e-9),
-        "sst2": dict(lr_end=0.01, t_i=0.08,
-                     spike=1e-9, slab=0.1, interval=10)
+        "qnli": dict(epochs=10, t_i=0.2, v_i=0.5, spike=1e-9),
+        "sst2": dict(lr_end=0.01, t_i=0.08, spike=1e-9, slab=0.1, interval=10)
     }
 }
 # </method>
 
 
+def number(kind, above=0, most=1e9):
+    """An argparse type: a number of this kind (int or float), greater than above, at most most."""
+    def parse(text):
+        value = kind(text)
+        if not above < value <= most:
+            raise argparse.ArgumentTypeError(f"{text} must be above {above} and at most {most:g}")
+        return value
+    parse.__name__ = kind.__name__                      # argparse's word for a text that is none
+    return parse
+
+
 def flags():
-    """The command line. A flag without a default here takes it from HYPER."""
+    """The command line. What it leaves open, the preset decides."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--task", default="squad", choices=common.TASKS,
-        help="tsv: your own DIR/tsv/train.tsv and dev.tsv, with --data DIR")
-    add("--sparsity", type=float, default=0.03, metavar="V",
-        help="fraction of the prunable weights KEPT: 0.03 keeps 3.00%% and prunes 97.00%%")
     cuda = torch.cuda.is_available()
+    add("--task", default="squad", choices=common.TASKS,
+        help="tsv: your own classes, from DIR/tsv/train.tsv and dev.tsv with --data DIR")
+    add("--sparsity", "--keep", type=number(float, most=1), default=0.03, metavar="V",
+        help="fraction of the prunable weights KEPT: 0.03 keeps 3.00%% and prunes 97.00%%")
     add("--preset", choices=["mini", "paper"], default="paper" if cuda else "mini",
-        help="default: paper where CUDA is there, else mini")
-    add("--model")                              # a BERT: a folder, or a name on the hub
-    add("--data")                               # the folder of the data files
-    add("--out")                                # default: out/<script>-<task>-<V>-s<seed>
-    add("--seed", type=int, default=0)
-    add("--steps", type=int)                    # overrides the preset's steps or epochs
-    add("--batch_size", type=int)               # of all processes together
-    add("--lr", type=float)                     # peak learning rate of the weights
-    add("--device", default="cuda" if cuda else "cpu")
+        help="the default is paper where CUDA is there, else mini")
+    add("--model", help="a BERT: a folder, or a name on the hub")
+    add("--data", help="folder of the data files")
+    add("--out", help="folder of the run; default out/<script>-<task>-<V>-s<seed>")
+    add("--seed", type=number(int, above=-1), default=0, help="of new heads, batches and dropout")
+    add("--steps", type=number(int), help="instead of the preset's steps or epochs")
+    add("--batch_size", type=number(int), help="of a step, all processes together")
+    add("--lr", type=number(float), help="peak learning rate of the weights")
+    add("--device", default="cuda" if cuda else "cpu", help="cpu, cuda, cuda:1, ..")
     add("--teacher", help="distil from the fine-tuned model in this folder")
-    add("--resume", action="store_true")        # go on from the last checkpoint in --out
-    add("--checkpoint_every", type=int, default=500)
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    add("--checkpoint_every", type=number(int), default=500,
+        help="in steps; for BERT-base a checkpoint is a file of 1.3 GB, 2.1 with scores")
     # <method: flags>
-    add("--mix", type=float, help="weight of the slab, above 0; default: from 0.1 to 1e-4; 1 is L2")
-    add("--spike", type=float, help="variance of the spike")
-    add("--slab", type=float)                   # variance of the slab
-    add("--interval", type=int)                 # steps between two zeroings
+    add("--mix", type=number(float, most=1), help="fixed weight of the slab; 1: plain L2")
+    add("--spike", type=number(float), help="variance of the spike")
+    add("--slab", type=number(float), help="variance of the slab")
+    add("--interval", type=number(int), help="steps between two zeroings")
     # </method>
     return parser
 
 
-# <method: definitions>
-# ---- method
+# ---- the run
 
 def lr_factor(step, steps, warmup, lr_end):
     """The learning rate as a fraction of its peak: up (never 0), then down to lr_end, linearly."""
@@ -155,10 +258,12 @@ def lr_factor(step, steps, warmup, lr_end):
     return min(1.0, rise, lr_end + fall)
 
 
+# Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; these are the
+# paper's. SQuAD has two distributions, of start and end: their KLs are averaged.
 def task_loss(net, batch, teacher, temperature=2.0):
     """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student).
 
-    SQuAD takes the mean KL of start and end. STS-B has one logit: its KL is 0.
+    STS-B's model gives one number and no distribution: its KL is 0.
     """
     out = net(**batch)
     if teacher is None:
@@ -174,115 +279,62 @@ def task_loss(net, batch, teacher, temperature=2.0):
     return 0.1 * out.loss + 0.9 * kl
 
 
-def progress(step, steps, t_i, t_f):
-    """How far pruning has come: below 0 before t_i, 1 from the last zeroing on."""
-    length = max(1.0, (1 - t_i - t_f) * steps)
-    return min(1.0, (step - t_i * steps) / length)
-
-
-def fraction_left(step, steps, v_f, t_i, t_f, v_i):
-    """v, the fraction left by a zeroing at this step: 1 before t_i, then from v_i down a cubic."""
-    done = progress(step, steps, t_i, t_f)
-    if done < 0:
-        return 1.0
-    return v_f + (max(v_i, v_f) - v_f) * (1 - done) ** 3
-
-
-def mixing_weight(step, steps, t_i, t_f):
-    """lam, the weight of the slab: falls linearly from 0.1 to 1e-4 while weights are pruned."""
-    done = max(0.0, progress(step, steps, t_i, t_f))
-    return 0.1 + (1e-4 - 0.1) * done
-
-
-def prior_gradient(w, lam, s0, s1):
-    """-grad log pi(w) of the prior lam N(0, s1) + (1 - lam) N(0, s0), 0 < lam <= 1; w's shape."""
-    if lam == 1:
-        return w / s1                           # no spike: plain L2
-    c1 = math.log(lam / (1 - lam)) + 0.5 * math.log(s0 / s1)
-    c2 = 0.5 / s0 - 0.5 / s1
-    g = torch.sigmoid(-c1 - c2 * w * w)         # the spike's share of the density at w
-    return w * (1 / s1 + g * (1 / s0 - 1 / s1))                         # w (g / s0 + (1 - g) / s1)
-
-
-def kth_largest(x, k):
-    """The k-th largest of the n elements of a flat tensor, 1 <= k <= n, selected without a sort."""
-    if x.device.type == "cpu":                  # numpy's selection is the fastest there
-        place = len(x) - k
-        return x.new_tensor(np.partition(x.numpy(), place)[place])
-    return x.topk(k, sorted=False).values.min()
-
-
-def top_v(scores, v):
-    """Top_v: True for the highest round(v * count) scores, 1 at least; of equal ones the first."""
-    flat = scores.flatten()
-    k = max(1, round(v * len(flat)))
-    threshold = kth_largest(flat, k)
-    mask = flat >= threshold
-    surplus = int(torch.count_nonzero(mask)) - k
-    if surplus:                                 # ties with the k-th: drop the last ones
-        mask[(flat == threshold).nonzero().flatten()[-surplus:]] = False
-    return mask.view_as(scores)
-
-
-@torch.no_grad()
-def zero_smallest(weights, v):
-    """Set the smallest |w| of all matrices together to 0, so that round(v N) of all N remain."""
-    row = torch.cat([w.flatten() for w in weights]).abs_()              # (N,)
-    remains = top_v(row, v).split([w.numel() for w in weights])
-    for w, stays in zip(weights, remains):
-        w.mul_(stays.view_as(w))
-# </method>
-
-
-# ---- run
-
 def main(args):
     """Fine-tune, prune, save and evaluate. Exits with status 3 if the goal was missed."""
-    # ---- preset
-    typed = {name: value for name, value in vars(args).items() if value is not None}
+    # ---- the preset fills in what the command line left open
+    given = {name: value for name, value in vars(args).items() if value is not None}
     preset = HYPER[args.preset]
-    hyper = preset["*"] | preset.get(args.task, {})
-    args = argparse.Namespace(**(vars(args) | hyper | typed))
+    args = argparse.Namespace(**(vars(args) | preset["*"] | preset.get(args.task, {}) | given))
     method = Path(__file__).stem
     out = Path(args.out or f"out/{method}-{args.task}-{args.sparsity:g}-s{args.seed}")
+    log = out / "log.jsonl"
+    checkpoint = out / "checkpoint.pt"
+    rank = int(os.environ.get("RANK", 0))               # set by torchrun
+    world = int(os.environ.get("WORLD_SIZE", 1))
 
     # ---- mistakes that can be seen before anything is loaded
-    numbers = {args.sparsity, args.lr, args.batch_size, args.steps}
-    if min(numbers - {None}) <= 0 or not args.sparsity <= 1:
-        raise SystemExit("--sparsity is the fraction KEPT, above 0 and at most 1; --steps, --lr "
-                         "and --batch_size must be above 0")
-    inputs = map(os.path.realpath, (args.model, str(args.teacher)))
-    if os.path.realpath(out) in inputs:
-        raise SystemExit(f"--out {out} is the --model or --teacher folder too: give another")
-    log = out / "log.jsonl"
-    if args.resume and (not log.exists() or (out / "result.json").exists()):
-        raise SystemExit(f"--resume: {out} holds no unfinished run: leave --resume out")
-    if any(out.glob("*")) and not log.exists():
+    for name in ("model", "teacher"):
+        folder = vars(args)[name]
+        if folder and os.path.realpath(folder) == os.path.realpath(out):
+            raise SystemExit(f"--out {out} is the --{name} folder too: give another")
+    if out.is_file() or any(out.glob("*")) and not log.exists():
         raise SystemExit(f"--out {out} holds something other than a run: give a new folder")
+    settings = vars(args) | {"script": method, "processes": world, "out": None, "resume": None}
+    settings = json.loads(json.dumps(settings))         # as log.jsonl's first line will hold them
+    if args.resume:
+        if not log.exists() or (out / "result.json").exists():
+            raise SystemExit(f"--resume: {out} holds no unfinished run: leave --resume out")
+        before = json.loads(log.read_text().partition("\n")[0])["args"]
+        differ = sorted(name for name in settings if before.get(name) != settings[name])
+        if differ:
+            raise SystemExit(f"--resume: {out} was begun with another {', '.join(differ)}: give "
+                             "the command that began it")
     # <method: checks>
-    # nothing
+    if args.sparsity == 1:
+        raise SystemExit("--sparsity 1 prunes nothing: use python magnitude.py --sparsity 1")
     # </method>
 
-    # ---- devices and processes: torchrun sets RANK, LOCAL_RANK and WORLD_SIZE
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.device == "cuda":
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    # ---- device and precision
     try:
-        device = torch.zeros(1, device=args.device).device
+        local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
+        device = torch.zeros(1, device=local).device
     except Exception as error:
         raise SystemExit(f"--device {args.device} is not there ({error}): give another") from None
-    # bf16 where the hardware has it; on a CPU only with --preset paper
-    bf16 = args.preset == "paper" and torch.cpu._is_avx512_bf16_supported()
+    chip = torch.cpu.get_capabilities()
+    card = chip.get("cpu_name", chip["architecture"])
+    fast = chip.get("avx512_bf16", False)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+        card = torch.cuda.get_device_name(device)
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    # mini is in fp32 everywhere, so that its scores on a GPU compare with those on a laptop
+    precision = "bf16" if fast and args.preset == "paper" else "fp32"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     if rank > 0:
         sys.stdout = open(os.devnull, "w")              # rank 0 alone prints, downloads and saves
     print(f"{method} {args.task}: keeps {args.sparsity:.2%} (prunes {1 - args.sparsity:.2%}) | "
-          f"preset {args.preset} (CUDA: {torch.cuda.is_available()}) | {device} x {world} | "
-          f"{'bf16' if bf16 else 'fp32'} | seed {args.seed}")
+          f"preset {args.preset} (CUDA: {torch.cuda.is_available()}) | {card}, {device} x {world}, "
+          f"{precision} | seed {args.seed}")
     if 0.5 < args.sparsity < 1:
         print(f"--sparsity is the fraction KEPT: did you mean {1 - args.sparsity:g}?")
     if args.preset == "paper" and rank == 0:
@@ -294,13 +346,18 @@ def main(args):
     # ---- data and model
     tokenizer = common.load_tokenizer(args.model)
     data = common.Data(args.task, args.data, tokenizer, args.length)
-    args.steps = args.steps or args.epochs * len(data.train) // args.batch_size or 1
+    if min(args.batch_size, len(data.train)) % world:
+        raise SystemExit(f"--batch_size {args.batch_size} ({len(data.train)} examples) does not "
+                         f"split evenly over {world} processes: give a multiple of {world}")
+    if args.steps is None:
+        args.steps = max(1, args.epochs * len(data.train) // args.batch_size)
     torch.manual_seed(args.seed)                        # of a head that is new
     model = common.load_bert(args.model, data).to(device).train()
     model.bert.embeddings.requires_grad_(False)         # as in movement pruning's official code
     teacher = None
     if args.teacher:
         teacher = common.load_bert(args.teacher, data, teacher=True).to(device).eval()
+        print(f"the teacher's own scores: {data.evaluate(teacher)[0]}")
     print(f"{len(data.train)} training examples, {data.n_dev} to evaluate | "
           f"{args.steps} steps of {args.batch_size} | lr {args.lr:g} | {args.model}")
     layers = common.prunable(model)                     # {name: Linear}, six matrices a layer
@@ -308,19 +365,20 @@ def main(args):
     state = {}                                          # what the method keeps in a checkpoint
 
     # <method: setup>
+    if not layers:
+        raise SystemExit("there is no layer to prune: it takes modules with a matrix `weight`")
     weights = [layer.weight for layer in layers.values()]   # W: (out, in) each, pruned in place
     groups[0] |= args.adam
-    first = math.ceil(args.t_i * args.steps)                # steps done at the first zeroing
-    last = round((1 - args.t_f) * args.steps)               # and at the last
+    first_zeroing = math.ceil(args.t_i * args.steps)        # after so many steps
+    last_zeroing = round((1 - args.t_f) * args.steps)
     # </method>
 
     # ---- the run's folder
-    checkpoint = out / "checkpoint.pt"
     if rank == 0 and not args.resume:
         out.mkdir(parents=True, exist_ok=True)
-        for old in (checkpoint, out / "result.json"):
-            old.unlink(missing_ok=True)
-        log.write_text("")
+        checkpoint.unlink(missing_ok=True)
+        (out / "result.json").unlink(missing_ok=True)
+        log.write_text(json.dumps({"args": settings}) + "\n")
 
     # <method: before the loop>
     # nothing: it prunes while it fine-tunes
@@ -334,64 +392,73 @@ def main(args):
         net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
     # ---- resume
-    saved = dict(step=0, seconds=0.0)
+    first, seconds = 0, 0.0
     if args.resume and checkpoint.exists():
         saved = torch.load(checkpoint, map_location=device)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         state.update(saved["state"])
+        first, seconds = saved["step"], saved["seconds"]
+        del saved
     if args.resume:                                     # 0: it was killed before a checkpoint
-        print(f"the run goes on from step {saved['step']}")
+        print(f"the run goes on from step {first}")
 
     # ---- the loop: batch, dropout and lr depend on (seed, step) alone, as a resumed run needs
-    seconds = saved["seconds"]
     started = time.time() - seconds
-    batches = data.batches(saved["step"], args.batch_size, args.seed)
-    for step in range(saved["step"], args.steps):
+    batches = data.batches(first, args.batch_size, args.seed)
+    for step in range(first, args.steps):
         torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)
-        batch = data.collate(next(batches)[rank::world]).to(device)
+        batch = data.collate(next(batches)[rank::world], device)
         factor = lr_factor(step, args.steps, args.warmup, args.lr_end)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
+        # The slots leave behind: v, the fraction that should be kept at this step, here; penalty,
+        # what is added to the loss; goal, the fraction to be kept in the end, after the loop.
+        # A v or goal of None means that there is none.
         # <method: before forward>
+        # What happens after this step is decided here, where v is due.
         t = step + 1                                        # zeroing comes after the step
+        pruning = step < last_zeroing
+        due = pruning and (t % args.interval == 0 or t in (first_zeroing, last_zeroing))
         v = fraction_left(t, args.steps, args.sparsity, args.t_i, args.t_f, args.v_i)
-        lam = args.mix or mixing_weight(step, args.steps, args.t_i, args.t_f)
-        pruning = step < last and args.sparsity < 1
-        due = t % args.interval == 0 or t in (first, last)
         if pruning and not due:
-            v = None                                                        # for the log
-        remains = [w != 0 for w in weights]                             # (out, in) each
+            v = None                                        # between two zeroings there is no goal
         # </method>
 
         with autocast:
             loss = task_loss(net, batch, teacher)
 
         # <method: penalty>
-        penalty = torch.tensor(0.0)
+        penalty = torch.tensor(0.0)                     # the loss is the task's alone
         # </method>
 
         optimizer.zero_grad()
         (loss + penalty).backward()
 
         # <method: gradient>
-        # MAP: the prior's gradient enters AdamW's moments with the loss's, not decoupled. Nothing
-        # is clipped (clip is 1e30): the prior's is large, and one norm would shrink the loss's.
+        # The prior's pull joins dL/dW before the optimizer: it enters AdamW's moments with the
+        # loss's gradient, and is not decoupled as weight decay is. It ends with the last zeroing.
+        # Nothing is clipped (clip is 1e30): the pull is large, and one norm would shrink the
+        # loss's gradient.
         if pruning:
+            lam = args.mix or mixing_weight(step, args.steps, args.t_i, args.t_f)
             for w in weights:
-                prior = prior_gradient(w.detach(), lam, args.spike, args.slab)
-                w.grad.add_(prior, alpha=1 / len(data.train))                   # 1 / n
+                pull = prior_gradient(w.detach(), lam, args.spike, args.slab)
+                w.grad.add_(pull, alpha=1 / len(data.train))                    # 1 / n
+        else:
+            remains = [w != 0 for w in weights]             # (out, in) each: zeros are final now
         # </method>
 
         nn.utils.clip_grad_norm_(trained, args.clip)    # one norm over all that is trained
         optimizer.step()
 
         # <method: after step>
-        # No mask after a zeroing: AdamW's moments live on, and a zeroed weight may grow again.
-        if pruning and due:
+        # After AdamW's step, so that the zeros are what the next forward pass sees. AdamW's
+        # moments live on: a weight zeroed before the last zeroing moves again at the next step.
+        if due:
             zero_smallest(weights, v)
-        elif step >= last:                                  # after the last zeroing zeros are final
+        if not pruning:
             for w, stays in zip(weights, remains):
                 w.data.mul_(stays)
         # </method>
@@ -406,10 +473,10 @@ def main(args):
                   f"kept {kept:.1%} ({goal_text})  lr {args.lr * factor:.1e}  "
                   f"{1000 * seconds / done:.0f} ms  "
                   f"eta {(args.steps - done) * seconds / done / 60:.0f}m", flush=True)
-            row = dict(step=done, loss=loss.item(), penalty=penalty.item(),
-                       kept=kept, goal=v, lr=args.lr * factor, seconds=seconds)
+            line = dict(step=done, loss=loss.item(), penalty=penalty.item(),
+                        kept=kept, goal=v, lr=args.lr * factor, seconds=seconds)
             with open(log, "a") as file:
-                print(json.dumps(row), file=file)
+                print(json.dumps(line), file=file)
             if not torch.isfinite(loss):
                 raise SystemExit(f"the loss is {loss} at step {done}: give a smaller --lr")
 
@@ -420,7 +487,8 @@ def main(args):
             os.replace(out / "checkpoint.part", checkpoint)
 
     # <method: bake>
-    # The zeros are in the weights already; in a short run the last zeroing left a few too many.
+    # The zeros are in the weights already. Only where T - t_f T was rounded down, the last zeroing
+    # came a little early on the cubic, and left a few weights too many: they go now.
     goal = args.sparsity
     zero_smallest(weights, goal)
     # </method>
@@ -435,7 +503,7 @@ def main(args):
     model = type(model).from_pretrained(out).to(device)
     kept_per_layer, kept, n_prunable = common.count_kept(model)
     with autocast:
-        metrics = data.evaluate(model)
+        metrics, collapsed = data.evaluate(model)
     for name, share in kept_per_layer.items():
         print(f"{name:50s} kept {share:7.2%} {'#' * round(40 * share)}")
     total = time.time() - started
@@ -446,23 +514,24 @@ def main(args):
     missed = goal is not None and abs(kept - goal) > min(0.001, 0.05 * goal)
     if missed:
         line += f" | MISSED the goal of {goal:.2%}"
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
     result = dict(
         method=method, task=args.task,
-        kept=kept, kept_per_layer=kept_per_layer,
-        metrics=metrics,
-        seconds=total, ms_per_step=1000 * seconds / args.steps,
+        kept=kept, kept_per_layer=kept_per_layer, n_prunable=n_prunable,
+        metrics=metrics, collapsed=collapsed,
         n_train=len(data.train), n_dev=data.n_dev,
-        n_prunable=n_prunable,
-        device=args.device,
-        threads=torch.get_num_threads(),
-        versions=versions,
+        seconds=total, ms_per_step=1000 * seconds / args.steps,
+        device=str(device), card=card, precision=precision, threads=torch.get_num_threads(),
+        peak_memory=torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+        versions={module.__name__: module.__version__ for module in (torch, transformers, np)},
         args=vars(args) | {"out": str(out), "goal": goal},
         line=line
     )
     (out / "result.json").write_text(json.dumps(result, indent=1))
     checkpoint.unlink(missing_ok=True)
     print(line)
+    if collapsed:
+        print("COLLAPSED: the model answers all alike. More --steps help, or soft_mvp.py: see "
+              "results/why/README.md")
     if missed:
         sys.exit(3)
 

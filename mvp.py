@@ -1,48 +1,36 @@
-"""Movement pruning of BERT, in one file.
-Sanh, Wolf and Rush 2020, arXiv 2005.07683, sections 3 and 4. Official code:
-huggingface/transformers-research-projects, movement-pruning, at fccd0cdab0 (its "topK" mask).
+"""Movement pruning of BERT.
 
-Idea: magnitude pruning asks which weights are large. Movement pruning asks which weights
-fine-tuning pushes away from 0. Each weight has a score S, which learns from the first step on.
-    M = Top_v(S)          1 for the highest round(v n) of the n scores of a matrix, else 0
-    a = (W * M) x
-M is a step function of S, so its true slope is 0 almost everywhere. The backward pass takes 1 for
-the slope, as if M were S itself: the straight-through estimator. Let W' = W * M.
-    dL/dS = dL/dW' * W            for every weight, masked or not
-    dL/dW = dL/dW' * M            for the kept weights alone
-Why may 1 stand in for the slope? A higher score can switch its weight on, from 0 to W (and another
-off, which is ignored). That changes the loss by about dL/dW' * W: the sign is right, the size is
-made up.
-What does the sign of dL/dW' * W mean? Gradient descent moves a kept W along -dL/dW'. Where the
-product is negative, W moves away from 0 and S grows. Where it is positive, W moves towards 0 and S
-falls. (A masked W soon stands still; its score goes on learning.) Plain gradient descent with a
-constant learning rate lr_S would make S = -lr_S times the sum over steps of dL/dW' * W. AdamW
-divides each step of a score by the recent size of its own gradients. So S tells how steadily a
-weight was pushed away from 0, and not how far.
-Can it fail? Yes, and speed may matter. On SST-2, with all else fixed, removing the 1 % of lowest
-scores raises the loss from .31 to .80; 1 % at random costs nothing, and neither does taking a tenth
-of each of the lowest away. Our reading: these weights act together, and to remove them at once is a
-step too long. Our run of 1,200 steps to 10 % is at chance when 93 % are kept: gradients vanish,
-scores stand still, and hardly a weight comes back. A run of 3,000 ends at chance too. One of 12,000
-had a loss of .53 at 90 % kept, rising (chance: .69), when we stopped it. With soft_mvp.py's penalty
-the run holds. Not explained: three runs to 3 % ended at an accuracy of 78, and a repeat did not.
+Paper: Sanh, Wolf and Rush 2020, "Movement Pruning", arXiv 2005.07683, sections 3 and 4.
+Official code: huggingface/transformers-research-projects, movement-pruning, at fccd0cdab0, where
+this mask is called topK.
 
-Symbols
-    weight    W          (out, in), one of the six matrices of an encoder layer
-    scores    S          (out, in), 0 at the start, learned at --score_lr
-    mask      M          (out, in), 0 or 1
-    v         v          fraction kept, on magnitude.py's cubic from 1 to --sparsity
-    step      t          from 0 to T - 1; T is --steps. L: the loss
-Unlike magnitude.py: learned scores are ranked instead of |W|; they have a learning rate of their
-own; the backward pass through the mask is written out. All else is equal: diff the two files.
-Differs from the official code in what magnitude.py names, and: masks are found once a step by a
-selection, there by a sort in each forward pass; with --scope global at each step, there every 25.
-Left out: other starts of the scores.
+Read magnitude.py first. It asks which weights are large. This file asks which weights fine-tuning
+pushes away from 0. Each weight has a score, which learns from the first step on, and each matrix
+keeps the weights with the highest scores.
 
-Run (measured results: results/README.md)
-    python mvp.py --task squad --sparsity 0.1          mini/'s small BERT, minutes on a CPU
-    python mvp.py --scope global --out out/global      one ranking; --preset paper: BERT-base
-Last line: RESULT mvp squad keeps 10.00% (prunes 90.00%) EM .. F1 .. | ..
+    M  = Top_v(S)           1 for the highest round(v n) of a matrix's n scores, else 0
+    W' = W * M              what the layer computes with
+    gradient of W:  dL/dW' * M        kept weights learn, masked ones do not
+    gradient of S:  dL/dW' * W        all scores learn; straight through the mask, see below
+
+    W, v, L      as in magnitude.py: a weight matrix (out, in), the fraction kept, the loss
+    S            the scores of its weights, (out, in), 0 at the start, learned at --score_lr
+
+Where dL/dW' * W is negative, a step of gradient descent moves W away from 0, and raises S. Where
+it is positive, the step moves W towards 0, and lowers S.
+
+Movement can collapse: on SST-2 a BERT of three layers ended at chance after 1,000 steps, and at
+81 % accuracy after 10,000. The weights of lowest score are not useless: to remove 1 % of them at
+once raised the loss from 0.31 to 0.80, while a random 1 % cost nothing. Each cut is a wound that
+training must heal before the next. More --steps help, fewer layers help, and so does the penalty
+of soft_mvp.py (results/why/README.md).
+
+Unlike magnitude.py: scores are ranked instead of |W|, they have a learning rate of their own, and
+the backward pass through the mask is written out. All else is identical: diff the two files. Left
+out of the official code: other starts of the scores than 0. --sparsity is the fraction KEPT.
+
+    python mvp.py --task squad --sparsity 0.1           on the small made-up data in mini/ prints
+    RESULT mvp squad keeps 10.00% (prunes 90.00%) EM .. F1 .. | 1000 steps .. s seed 0 | ..
 """
 import argparse
 import json
@@ -53,31 +41,161 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import nn
 
 # <method: imports>
-import torch.nn.functional as F
 from torch.nn.utils import parametrize
 
 # </method>
 import common
 
-# ---- flags
+# <method: definitions>
+# ---- which weights stay
+
+# Why gradually? A pruned weight takes its share of the work with it, and the other weights need
+# some steps to take that over. Why a cubic? It is steep at first, when many weights are of little
+# use, and flat at the end, when each pruned weight is missed.
+# Official: masked_run_squad.py, lines 72-92. There t_i and t_f are multiples of the learning
+# rate's warm-up, a given number of steps, so a short run never prunes. There the first step is
+# number 1 (in masked_run_glue.py it is 0, as here).
+def schedule(step, steps, v_f, t_i, t_f):
+    """v, the fraction to keep at this step (0 to steps - 1), after eq. 5 of the movement paper.
+
+    1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps.
+    """
+    ramp = max(1.0, (1 - t_i - t_f) * steps)            # in steps; one at least, never 0
+    done = (step - t_i * steps) / ramp
+    done = min(max(done, 0.0), 1.0)
+    return v_f + (1 - v_f) * (1 - done) ** 3
+
+
+def kth_largest(x, k):
+    """The k-th largest of the n elements of a flat tensor, 1 <= k <= n, as a 0-dim tensor."""
+    n = len(x)
+    if x.device.type == "cpu":                          # numpy selects without a sort
+        return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
+    if k > n // 2:                                      # topk stores all it finds: the shorter side
+        return x.topk(n - k + 1, largest=False, sorted=False).values.max()
+    return x.topk(k, sorted=False).values.min()
+
+
+# Official: binarizer.py, lines 95-103. It sorts in each forward pass, keeps int(v n), and leaves
+# open which of equal scores stay.
+def top_v(scores, v):
+    """Top_v: True for the highest round(v n) of all n scores, of equal ones the first, row by row.
+
+    scores: of any shape; the mask has the same. One weight stays where round(v n) is 0.
+    """
+    flat = scores.flatten()                             # (n,)
+    k = max(1, round(v * len(flat)))
+    threshold = kth_largest(flat, k)
+    stays = flat >= threshold                           # k of them, or more where scores are equal
+    # A GPU would have to wait for that number. There, equal scores are counted off each time.
+    if flat.is_cuda or torch.count_nonzero(stays) > k:
+        above = flat > threshold
+        equal = flat == threshold
+        room = k - torch.count_nonzero(above)           # so many of the equal ones may stay
+        stays = above | (equal & (equal.cumsum(0) <= room))
+    return stays.view_as(scores)
+
+
+# Ranked together, all matrices compete, and one could lose all its weights: nothing would get
+# through that layer any more. So each keeps at least its best 0.5 %, or v, if v is smaller.
+# Official: binarizer.py, lines 53-61 (for soft movement).
+def least_share(n):
+    """The least fraction that a matrix of n weights keeps under one ranking, about 0.5 %."""
+    return (int(0.005 * n) + 1) / n
+
+
+# Official, for one ranking: masked_run_squad.py, lines 256-270. There the ranking is made anew
+# every 25 steps, int(v N) + 1 scores pass, and the least shares come on top.
+@torch.no_grad()
+def update_masks(masked, scores, v, scope="local"):
+    """Write M = Top_v(scores) into the mask of each module in `masked`.
+
+    scores: one tensor (out, in) per matrix. local: a matrix of n weights keeps round(v n) of them.
+    global: all N weights are ranked together, round(v N) are kept, and no matrix is emptied.
+    """
+    if v == 1:                                          # nothing is ranked before pruning begins
+        masks = [torch.ones_like(s) for s in scores]
+    elif scope == "local":
+        masks = [top_v(s, v) for s in scores]
+    else:
+        sizes = [s.numel() for s in scores]
+        ranked = torch.cat([s.flatten() for s in scores])               # (N,)
+        # The best of each matrix rise to infinity, and so rank before all others. With v at 0.5 %
+        # or below they can be a few more than round(v N) (in mini 3936, not 3932). As they are
+        # equal, top_v keeps the first: the last matrix loses a few, from its last row upwards.
+        for part in ranked.split(sizes):                                # views of `ranked`
+            part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
+        masks = top_v(ranked, v).split(sizes)
+    for m, mask in zip(masked, masks):
+        m.mask.copy_(mask.view_as(m.mask))
+
+
+# ---- how scores learn through a mask
+
+# M is a step function of S. Its slope is 0 almost everywhere, so no gradient would reach S. The
+# straight-through estimator takes 1 for this slope in the backward pass, as if M were S itself.
+# With W' = W * M the chain rule then gives dL/dS = dL/dW' * W, for masked weights too.
+#
+# Why may 1 stand in for the slope? A score that rises can switch its weight on, from 0 to W. This
+# changes the loss by about dL/dW' * W. So the sign is right, and the size is made up. (Top_v then
+# switches another weight off; that is ignored.)
+#
+# What does the sign mean? Gradient descent moves a kept W along -dL/dW'. If dL/dW' * W is
+# negative, W moves away from 0, and S rises. If it is positive, W moves towards 0, and S falls. A
+# masked W stands still, but its score goes on learning, so it can come back.
+#
+# Plain gradient descent at a constant rate lr_S would make S = -lr_S times the sum over all steps
+# of dL/dW' * W. We use Adam, as the paper does. It divides each step of a score by the recent size
+# of its gradients. So S tells how steadily a weight was pushed away from 0, and not how far.
+#
+# Official: binarizer.py, lines 69-108 (its backward pass hands the gradient on unchanged), and
+# masked_nn.py, line 104.
+class StraightThrough(torch.autograd.Function):
+    """W' = W * M, with a backward pass that takes 1 for the slope of M in S."""
+
+    @staticmethod
+    def forward(ctx, weight, scores, mask):
+        ctx.save_for_backward(weight, mask)
+        return weight * mask
+
+    @staticmethod
+    def backward(ctx, grad):                            # grad: dL/dW', (out, in)
+        weight, mask = ctx.saved_tensors
+        return grad * mask, grad * weight, None         # dL/dW, dL/dS, and none for M
+
+
+class Masked(nn.Module):
+    """A parametrization: the layer computes with W' = W * M, and its scores learn through M."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.scores = nn.Parameter(torch.zeros_like(weight))            # S: (out, in)
+        self.register_buffer("mask", torch.ones_like(weight), persistent=False)     # M: (out, in)
+
+    def forward(self, weight):
+        return StraightThrough.apply(weight, self.scores, self.mask)
+# </method>
+
+
+# ---- presets and flags
 
 # <method: hyper-parameters>
 # For squad, mnli and qqp the paper's, from the authors' run sheet; the mini preset and the other
-# tasks are ours.
-# warmup: fraction of the steps in which lr rises. lr_end: fraction of lr left after the last step.
-# t_i, t_f: fractions of the steps before pruning begins and after it has ended.
+# tasks are ours. Of all steps, warmup is the fraction in which lr rises, t_i that before pruning
+# begins, t_f that after it has ended. lr_end: the fraction of lr that is left after the last step.
+# length: tokens of a text. clip: the norm to which all gradients together are clipped.
 # score_lr: peak learning rate of the scores.
-# length: tokens in a text. clip: the norm to which all gradients together are clipped.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
     steps=1000, batch_size=32, lr=5e-4,
-    length=128, warmup=0.05, lr_end=0.0, clip=1.0,
-    t_i=0.05, t_f=0.3,
+    length=128, warmup=0.05, lr_end=0.0,
+    clip=1.0, t_i=0.05, t_f=0.3,
     score_lr=1e-2
 )
 PAPER = MINI | dict(
@@ -102,39 +220,50 @@ HYPER = {
 # </method>
 
 
+def number(kind, above=0, most=1e9):
+    """An argparse type: a number of this kind (int or float), greater than above, at most most."""
+    def parse(text):
+        value = kind(text)
+        if not above < value <= most:
+            raise argparse.ArgumentTypeError(f"{text} must be above {above} and at most {most:g}")
+        return value
+    parse.__name__ = kind.__name__                      # argparse's word for a text that is none
+    return parse
+
+
 def flags():
-    """The command line. A flag without a default here takes it from HYPER."""
+    """The command line. What it leaves open, the preset decides."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--task", default="squad", choices=common.TASKS,
-        help="tsv: your own DIR/tsv/train.tsv and dev.tsv, with --data DIR")
-    add("--sparsity", type=float, default=0.03, metavar="V",
-        help="fraction of the prunable weights KEPT: 0.03 keeps 3.00%% and prunes 97.00%%")
     cuda = torch.cuda.is_available()
+    add("--task", default="squad", choices=common.TASKS,
+        help="tsv: your own classes, from DIR/tsv/train.tsv and dev.tsv with --data DIR")
+    add("--sparsity", "--keep", type=number(float, most=1), default=0.03, metavar="V",
+        help="fraction of the prunable weights KEPT: 0.03 keeps 3.00%% and prunes 97.00%%")
     add("--preset", choices=["mini", "paper"], default="paper" if cuda else "mini",
-        help="default: paper where CUDA is there, else mini")
-    add("--model")                              # a BERT: a folder, or a name on the hub
-    add("--data")                               # the folder of the data files
-    add("--out")                                # default: out/<script>-<task>-<V>-s<seed>
-    add("--seed", type=int, default=0)
-    add("--steps", type=int)                    # overrides the preset's steps or epochs
-    add("--batch_size", type=int)               # of all processes together
-    add("--lr", type=float)                     # peak learning rate of the weights
-    add("--device", default="cuda" if cuda else "cpu")
+        help="the default is paper where CUDA is there, else mini")
+    add("--model", help="a BERT: a folder, or a name on the hub")
+    add("--data", help="folder of the data files")
+    add("--out", help="folder of the run; default out/<script>-<task>-<V>-s<seed>")
+    add("--seed", type=number(int, above=-1), default=0, help="of new heads, batches and dropout")
+    add("--steps", type=number(int), help="instead of the preset's steps or epochs")
+    add("--batch_size", type=number(int), help="of a step, all processes together")
+    add("--lr", type=number(float), help="peak learning rate of the weights")
+    add("--device", default="cuda" if cuda else "cpu", help="cpu, cuda, cuda:1, ..")
     add("--teacher", help="distil from the fine-tuned model in this folder")
-    add("--resume", action="store_true")        # go on from the last checkpoint in --out
-    add("--checkpoint_every", type=int, default=500)
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    add("--checkpoint_every", type=number(int), default=500,
+        help="in steps; for BERT-base a checkpoint is a file of 1.3 GB, 2.1 with scores")
     # <method: flags>
-    add("--score_lr", type=float)               # peak learning rate of the scores
+    add("--score_lr", type=number(float), help="peak learning rate of the scores")
     add("--scope", default="local", choices=["local", "global"],
-        help="rank the scores of each matrix, or those of all matrices together")
+        help="rank the scores of each matrix by themselves, or those of all matrices together")
     # </method>
     return parser
 
 
-# <method: definitions>
-# ---- method
+# ---- the run
 
 def lr_factor(step, steps, warmup, lr_end):
     """The learning rate as a fraction of its peak: up (never 0), then down to lr_end, linearly."""
@@ -143,10 +272,12 @@ def lr_factor(step, steps, warmup, lr_end):
     return min(1.0, rise, lr_end + fall)
 
 
+# Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; these are the
+# paper's. SQuAD has two distributions, of start and end: their KLs are averaged.
 def task_loss(net, batch, teacher, temperature=2.0):
     """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student).
 
-    SQuAD takes the mean KL of start and end. STS-B has one logit: its KL is 0.
+    STS-B's model gives one number and no distribution: its KL is 0.
     """
     out = net(**batch)
     if teacher is None:
@@ -162,132 +293,62 @@ def task_loss(net, batch, teacher, temperature=2.0):
     return 0.1 * out.loss + 0.9 * kl
 
 
-def schedule(step, steps, v_f, t_i, t_f):
-    """v, the fraction kept at this step: 1, then down the cubic of eq. 5, then v_f."""
-    done = (step - t_i * steps) / max(1.0, (1 - t_i - t_f) * steps)
-    done = min(max(done, 0.0), 1.0)
-    return v_f + (1 - v_f) * (1 - done) ** 3
-
-
-def kth_largest(x, k):
-    """The k-th largest of the n elements of a flat tensor, 1 <= k <= n, selected without a sort."""
-    if x.device.type == "cpu":                  # numpy's selection is the fastest there
-        place = len(x) - k
-        return x.new_tensor(np.partition(x.numpy(), place)[place])
-    return x.topk(k, sorted=False).values.min()
-
-
-def top_v(scores, v):
-    """Top_v: True for the highest round(v * count) scores, 1 at least; of equal ones the first."""
-    flat = scores.flatten()
-    k = max(1, round(v * len(flat)))
-    threshold = kth_largest(flat, k)
-    mask = flat >= threshold
-    surplus = int(torch.count_nonzero(mask)) - k
-    if surplus:                                 # ties with the k-th: drop the last ones
-        mask[(flat == threshold).nonzero().flatten()[-surplus:]] = False
-    return mask.view_as(scores)
-
-
-def floor(n):
-    """The least fraction that global ranking keeps of a matrix of n weights, about 0.5 %."""
-    return (int(0.005 * n) + 1) / n
-
-
-@torch.no_grad()
-def update_masks(masked, scores, v, scope):
-    """Recompute each mask: Top_v of its matrix (local), or of all matrices together (global)."""
-    if v == 1:
-        masks = [torch.ones_like(s) for s in scores]
-    elif scope == "local":
-        masks = [top_v(s, v) for s in scores]
-    else:
-        sizes = [s.numel() for s in scores]
-        row = torch.cat([s.flatten() for s in scores])                  # (N,)
-        for part in row.split(sizes):                                   # a view of the row
-            part[top_v(part, min(v, floor(len(part))))] = torch.inf     # ranks before all others
-        masks = top_v(row, v).split(sizes)
-    for m, mask in zip(masked, masks):
-        m.mask.copy_(mask.view_as(m.mask))
-
-
-class StraightThrough(torch.autograd.Function):
-    """W' = W * M; the backward pass takes 1 for the slope of M in S."""
-
-    @staticmethod
-    def forward(ctx, weight, scores, mask):
-        ctx.save_for_backward(weight, mask)
-        return weight * mask
-
-    @staticmethod
-    def backward(ctx, grad):
-        weight, mask = ctx.saved_tensors
-        # grad: dL/dW'. Returned: dL/dW, of kept weights alone; dL/dS, of every weight; no dL/dM.
-        return grad * mask, grad * weight, None
-
-
-class Masked(nn.Module):
-    """A parametrization: the layer computes with W' = W * M, and its scores learn through M."""
-
-    def __init__(self, weight):
-        super().__init__()
-        self.scores = nn.Parameter(torch.zeros_like(weight))            # S: (out, in)
-        self.register_buffer("mask", torch.ones_like(weight), persistent=False)     # M: (out, in)
-
-    def forward(self, weight):
-        return StraightThrough.apply(weight, self.scores, self.mask)
-# </method>
-
-
-# ---- run
-
 def main(args):
     """Fine-tune, prune, save and evaluate. Exits with status 3 if the goal was missed."""
-    # ---- preset
-    typed = {name: value for name, value in vars(args).items() if value is not None}
+    # ---- the preset fills in what the command line left open
+    given = {name: value for name, value in vars(args).items() if value is not None}
     preset = HYPER[args.preset]
-    hyper = preset["*"] | preset.get(args.task, {})
-    args = argparse.Namespace(**(vars(args) | hyper | typed))
+    args = argparse.Namespace(**(vars(args) | preset["*"] | preset.get(args.task, {}) | given))
     method = Path(__file__).stem
     out = Path(args.out or f"out/{method}-{args.task}-{args.sparsity:g}-s{args.seed}")
+    log = out / "log.jsonl"
+    checkpoint = out / "checkpoint.pt"
+    rank = int(os.environ.get("RANK", 0))               # set by torchrun
+    world = int(os.environ.get("WORLD_SIZE", 1))
 
     # ---- mistakes that can be seen before anything is loaded
-    numbers = {args.sparsity, args.lr, args.batch_size, args.steps}
-    if min(numbers - {None}) <= 0 or not args.sparsity <= 1:
-        raise SystemExit("--sparsity is the fraction KEPT, above 0 and at most 1; --steps, --lr "
-                         "and --batch_size must be above 0")
-    inputs = map(os.path.realpath, (args.model, str(args.teacher)))
-    if os.path.realpath(out) in inputs:
-        raise SystemExit(f"--out {out} is the --model or --teacher folder too: give another")
-    log = out / "log.jsonl"
-    if args.resume and (not log.exists() or (out / "result.json").exists()):
-        raise SystemExit(f"--resume: {out} holds no unfinished run: leave --resume out")
-    if any(out.glob("*")) and not log.exists():
+    for name in ("model", "teacher"):
+        folder = vars(args)[name]
+        if folder and os.path.realpath(folder) == os.path.realpath(out):
+            raise SystemExit(f"--out {out} is the --{name} folder too: give another")
+    if out.is_file() or any(out.glob("*")) and not log.exists():
         raise SystemExit(f"--out {out} holds something other than a run: give a new folder")
+    settings = vars(args) | {"script": method, "processes": world, "out": None, "resume": None}
+    settings = json.loads(json.dumps(settings))         # as log.jsonl's first line will hold them
+    if args.resume:
+        if not log.exists() or (out / "result.json").exists():
+            raise SystemExit(f"--resume: {out} holds no unfinished run: leave --resume out")
+        before = json.loads(log.read_text().partition("\n")[0])["args"]
+        differ = sorted(name for name in settings if before.get(name) != settings[name])
+        if differ:
+            raise SystemExit(f"--resume: {out} was begun with another {', '.join(differ)}: give "
+                             "the command that began it")
     # <method: checks>
-    # nothing
+    if args.sparsity == 1:
+        raise SystemExit("--sparsity 1 prunes nothing: use python magnitude.py --sparsity 1")
     # </method>
 
-    # ---- devices and processes: torchrun sets RANK, LOCAL_RANK and WORLD_SIZE
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.device == "cuda":
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    # ---- device and precision
     try:
-        device = torch.zeros(1, device=args.device).device
+        local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
+        device = torch.zeros(1, device=local).device
     except Exception as error:
         raise SystemExit(f"--device {args.device} is not there ({error}): give another") from None
-    # bf16 where the hardware has it; on a CPU only with --preset paper
-    bf16 = args.preset == "paper" and torch.cpu._is_avx512_bf16_supported()
+    chip = torch.cpu.get_capabilities()
+    card = chip.get("cpu_name", chip["architecture"])
+    fast = chip.get("avx512_bf16", False)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+        card = torch.cuda.get_device_name(device)
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    # mini is in fp32 everywhere, so that its scores on a GPU compare with those on a laptop
+    precision = "bf16" if fast and args.preset == "paper" else "fp32"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     if rank > 0:
         sys.stdout = open(os.devnull, "w")              # rank 0 alone prints, downloads and saves
     print(f"{method} {args.task}: keeps {args.sparsity:.2%} (prunes {1 - args.sparsity:.2%}) | "
-          f"preset {args.preset} (CUDA: {torch.cuda.is_available()}) | {device} x {world} | "
-          f"{'bf16' if bf16 else 'fp32'} | seed {args.seed}")
+          f"preset {args.preset} (CUDA: {torch.cuda.is_available()}) | {card}, {device} x {world}, "
+          f"{precision} | seed {args.seed}")
     if 0.5 < args.sparsity < 1:
         print(f"--sparsity is the fraction KEPT: did you mean {1 - args.sparsity:g}?")
     if args.preset == "paper" and rank == 0:
@@ -299,13 +360,18 @@ def main(args):
     # ---- data and model
     tokenizer = common.load_tokenizer(args.model)
     data = common.Data(args.task, args.data, tokenizer, args.length)
-    args.steps = args.steps or args.epochs * len(data.train) // args.batch_size or 1
+    if min(args.batch_size, len(data.train)) % world:
+        raise SystemExit(f"--batch_size {args.batch_size} ({len(data.train)} examples) does not "
+                         f"split evenly over {world} processes: give a multiple of {world}")
+    if args.steps is None:
+        args.steps = max(1, args.epochs * len(data.train) // args.batch_size)
     torch.manual_seed(args.seed)                        # of a head that is new
     model = common.load_bert(args.model, data).to(device).train()
     model.bert.embeddings.requires_grad_(False)         # as in movement pruning's official code
     teacher = None
     if args.teacher:
         teacher = common.load_bert(args.teacher, data, teacher=True).to(device).eval()
+        print(f"the teacher's own scores: {data.evaluate(teacher)[0]}")
     print(f"{len(data.train)} training examples, {data.n_dev} to evaluate | "
           f"{args.steps} steps of {args.batch_size} | lr {args.lr:g} | {args.model}")
     layers = common.prunable(model)                     # {name: Linear}, six matrices a layer
@@ -313,24 +379,25 @@ def main(args):
     state = {}                                          # what the method keeps in a checkpoint
 
     # <method: setup>
-    masked = []                                         # none if V = 1: dense fine-tuning
-    if args.sparsity < 1:
-        masked = [Masked(layer.weight) for layer in layers.values()]
+    if not layers:
+        raise SystemExit("there is no layer to prune: it takes modules with a matrix `weight`")
+    # From here on each read of layer.weight calls Masked.forward: the layer computes with W * M.
+    # This comes before the optimizer and DDP, which must find the parameters as they will stay.
+    masked = [Masked(layer.weight) for layer in layers.values()]
     for layer, m in zip(layers.values(), masked):
         parametrize.register_parametrization(layer, "weight", m)
-    scores = [m.scores for m in masked]                                 # S: (out, in) each
     # A score must overtake others within the run, a weight need not: scores learn much faster.
-    groups.append({"params": scores, "lr": args.score_lr, "initial_lr": args.score_lr,
-                   "weight_decay": 0.0})
+    # No weight decay: it would pull all scores to 0, and so mix up what they tell.
+    groups.append({"params": [m.scores for m in masked],
+                   "lr": args.score_lr, "initial_lr": args.score_lr, "weight_decay": 0.0})
     # </method>
 
     # ---- the run's folder
-    checkpoint = out / "checkpoint.pt"
     if rank == 0 and not args.resume:
         out.mkdir(parents=True, exist_ok=True)
-        for old in (checkpoint, out / "result.json"):
-            old.unlink(missing_ok=True)
-        log.write_text("")
+        checkpoint.unlink(missing_ok=True)
+        (out / "result.json").unlink(missing_ok=True)
+        log.write_text(json.dumps({"args": settings}) + "\n")
 
     # <method: before the loop>
     # nothing: it prunes while it fine-tunes
@@ -344,43 +411,48 @@ def main(args):
         net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
     # ---- resume
-    saved = dict(step=0, seconds=0.0)
+    first, seconds = 0, 0.0
     if args.resume and checkpoint.exists():
         saved = torch.load(checkpoint, map_location=device)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         state.update(saved["state"])
+        first, seconds = saved["step"], saved["seconds"]
+        del saved
     if args.resume:                                     # 0: it was killed before a checkpoint
-        print(f"the run goes on from step {saved['step']}")
+        print(f"the run goes on from step {first}")
 
     # ---- the loop: batch, dropout and lr depend on (seed, step) alone, as a resumed run needs
-    seconds = saved["seconds"]
     started = time.time() - seconds
-    batches = data.batches(saved["step"], args.batch_size, args.seed)
-    for step in range(saved["step"], args.steps):
+    batches = data.batches(first, args.batch_size, args.seed)
+    for step in range(first, args.steps):
         torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)
-        batch = data.collate(next(batches)[rank::world]).to(device)
+        batch = data.collate(next(batches)[rank::world], device)
         factor = lr_factor(step, args.steps, args.warmup, args.lr_end)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
+        # The slots leave behind: v, the fraction that should be kept at this step, here; penalty,
+        # what is added to the loss; goal, the fraction to be kept in the end, after the loop.
+        # A v or goal of None means that there is none.
         # <method: before forward>
+        # Masks first, so that this step's loss and gradients are those of the pruned network.
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
-        update_masks(masked, scores, v, args.scope)
+        update_masks(masked, [m.scores for m in masked], v, args.scope)
         # </method>
 
         with autocast:
             loss = task_loss(net, batch, teacher)
 
         # <method: penalty>
-        penalty = torch.tensor(0.0)
+        penalty = torch.tensor(0.0)                     # the loss is the task's alone
         # </method>
 
         optimizer.zero_grad()
         (loss + penalty).backward()
 
         # <method: gradient>
-        # nothing: StraightThrough has made dL/dW and dL/dS
+        # nothing: StraightThrough has made both gradients, dL/dW and dL/dS
         # </method>
 
         nn.utils.clip_grad_norm_(trained, args.clip)    # one norm over all that is trained
@@ -400,10 +472,10 @@ def main(args):
                   f"kept {kept:.1%} ({goal_text})  lr {args.lr * factor:.1e}  "
                   f"{1000 * seconds / done:.0f} ms  "
                   f"eta {(args.steps - done) * seconds / done / 60:.0f}m", flush=True)
-            row = dict(step=done, loss=loss.item(), penalty=penalty.item(),
-                       kept=kept, goal=v, lr=args.lr * factor, seconds=seconds)
+            line = dict(step=done, loss=loss.item(), penalty=penalty.item(),
+                        kept=kept, goal=v, lr=args.lr * factor, seconds=seconds)
             with open(log, "a") as file:
-                print(json.dumps(row), file=file)
+                print(json.dumps(line), file=file)
             if not torch.isfinite(loss):
                 raise SystemExit(f"the loss is {loss} at step {done}: give a smaller --lr")
 
@@ -414,12 +486,12 @@ def main(args):
             os.replace(out / "checkpoint.part", checkpoint)
 
     # <method: bake>
-    # The last step moved what is ranked: M for v_f once more. W * M becomes the plain weight.
+    # The last step has moved the scores, so they are ranked once more. Then W * M becomes the
+    # plain weight of a plain nn.Linear: only now is the model pruned for whoever opens it.
     goal = args.sparsity
-    update_masks(masked, scores, goal, args.scope)
-    if masked:
-        for layer in layers.values():
-            parametrize.remove_parametrizations(layer, "weight")
+    update_masks(masked, [m.scores for m in masked], goal, args.scope)
+    for layer in layers.values():
+        parametrize.remove_parametrizations(layer, "weight")
     # </method>
 
     # ---- save; what is counted and evaluated is what the folder holds
@@ -432,7 +504,7 @@ def main(args):
     model = type(model).from_pretrained(out).to(device)
     kept_per_layer, kept, n_prunable = common.count_kept(model)
     with autocast:
-        metrics = data.evaluate(model)
+        metrics, collapsed = data.evaluate(model)
     for name, share in kept_per_layer.items():
         print(f"{name:50s} kept {share:7.2%} {'#' * round(40 * share)}")
     total = time.time() - started
@@ -443,23 +515,24 @@ def main(args):
     missed = goal is not None and abs(kept - goal) > min(0.001, 0.05 * goal)
     if missed:
         line += f" | MISSED the goal of {goal:.2%}"
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
     result = dict(
         method=method, task=args.task,
-        kept=kept, kept_per_layer=kept_per_layer,
-        metrics=metrics,
-        seconds=total, ms_per_step=1000 * seconds / args.steps,
+        kept=kept, kept_per_layer=kept_per_layer, n_prunable=n_prunable,
+        metrics=metrics, collapsed=collapsed,
         n_train=len(data.train), n_dev=data.n_dev,
-        n_prunable=n_prunable,
-        device=args.device,
-        threads=torch.get_num_threads(),
-        versions=versions,
+        seconds=total, ms_per_step=1000 * seconds / args.steps,
+        device=str(device), card=card, precision=precision, threads=torch.get_num_threads(),
+        peak_memory=torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+        versions={module.__name__: module.__version__ for module in (torch, transformers, np)},
         args=vars(args) | {"out": str(out), "goal": goal},
         line=line
     )
     (out / "result.json").write_text(json.dumps(result, indent=1))
     checkpoint.unlink(missing_ok=True)
     print(line)
+    if collapsed:
+        print("COLLAPSED: the model answers all alike. More --steps help, or soft_mvp.py: see "
+              "results/why/README.md")
     if missed:
         sys.exit(3)
 

@@ -1,48 +1,38 @@
-"""Reweighted proximal pruning (RPP) of BERT in pre-training, in one file.
-Guo, Liu, Mungall, Lin and Wang 2019, arXiv 1909.12486. They published no code, and the full text
-was not at hand: what is marked (recalled) is from memory.
+"""Reweighted proximal pruning (RPP) of BERT, in pre-training: a reconstruction.
 
-Idea: prune once, while --model, a pre-trained BERT, is pre-trained further on a text. Every task
-then fine-tunes the weights that remain, the support.
-    minimise  f0(w) + gamma sum_i alpha_i |w_i|            f0: loss of MLM plus loss of NSP
-MLM: guess 15 % of the words. NSP: does text B follow text A? Both as in BERT's own pre-training.
-Why not add the sum to the loss? Adam divides each gradient by its recent size, so a larger gamma
-would hardly press harder. So Adam takes a step on f0 alone, w -> a. Then each a_i moves towards 0:
-    w_i = argmin_x (x - a_i)^2 / 2 + lr_t gamma alpha_i |x|
-        = sign(a_i) max(|a_i| - lr_t gamma alpha_i, 0)
-Reweighted: the steps before the last recover T are cut into rounds of equal length (rounded up to
-whole steps). In the first round all alpha_i are 1. At the end of round number k, from 1,
-    alpha_i = 1 / (|w_i|^p + eps),   p = min(k, 5), or 1 with --gamma       eps = 1e-9 (recalled)
-From then on small weights are pressed harder than large ones, the more so the higher p (with p = 5
-only where |w| > 0.016: below it, eps is larger than |w|^p). With p = 1 each weight that is not 0
-adds about 1: the sum counts them. A weight at 0 comes back only if a step of Adam is longer than
-lr_t gamma alpha_i, hardly ever once its alpha_i is 1 / eps. After the last round zeros are held.
-gamma is solved for at each step, so that round(v N) of all N weights remain (rounding in floating
-point can spare one more): the weights with the smallest |a_i| / alpha_i go, and lr_t gamma is the
-largest quotient among those that go.
-    v = v_f + (1 - v_f) (1 - t / ((1 - recover) T))^3      after t of T steps, then v_f, --sparsity
-As alpha_i is small where |w_i| is large, this is nearly Top_v of |a| (on mini/ at most 0.05 % of a
-step's survivors differ). What differs more is that the survivors shrink, by lr_t gamma alpha_i.
---gamma G is the paper's open loop, with p = 1: gamma = G at each step (recalled: 1e-5 to 1e-2).
+Paper: Guo, Liu, Mungall, Lin and Wang 2019, arXiv 1909.12486. No code of it is public, and its full
+text was not available to us. We had its abstract, the survey of Ganesh et al., and code of the same
+lab (LinLabNEU/reweighted_prune4 at 3db6f142b6). Which constants are ours stands at the presets.
 
-Symbols
-    weights     w               (out, in) each, the six matrices of each encoder layer
-    alphas      alpha           (out, in) each
-    gamma, lr   gamma, lr_t     how hard all weights are pressed; pre-training's learning rate
-    T, recover                  steps of pre-training; the last fraction of them, without pruning
-    support     -               the pruned pre-trained BERT, saved in --out/support
-Unlike magnitude.py: all pruning comes before fine-tuning, which keeps the zeros by zeroing their
-gradients. --nip is the paper's baseline, plain magnitude pruning: the smallest |w| go for good, in
-m = round(10 (1 - v_f)) equal cuts, cut j after j / m of the rounds' time (recalled).
-Differs from the paper: gamma is solved for. The paper writes |w|^(t) (recalled). Code of the same
-lab (LinLabNEU/reweighted_prune4) means the iterate's number, so p = 1 is the likelier reading. A
-power scores better on mini/'s questions: by 11 points at 10 % kept, by 0 and 14 (two seeds) at 40.
+Prune once, while a pre-trained BERT is pre-trained further on text. Every task then fine-tunes the
+weights that remain, the support.
 
-Run (measured results: results/README.md)
-    python rpp.py --task squad --sparsity 0.4          mini/'s small BERT, minutes on a CPU
-    python rpp.py --preset paper --corpus FILE         BERT-base, on a GPU
+    minimise  f0(w) + gamma sum_i alpha_i |w_i|           f0: loss of BERT's language models
+
+A step has two halves. Adam lowers f0 and knows nothing of pruning: w becomes a. Then each weight
+is pulled towards 0, and one that would cross 0 becomes 0. That is the proximal step:
+
+    w_i = sign(a_i) max(|a_i| - lr gamma alpha_i, 0)
+
+Reweighted: the steps are cut into rounds. At first each alpha_i is 1. When round k ends,
+alpha_i = 1 / (|w_i|^p + eps). From then on small weights are pulled harder than large ones.
+
+    w            the weights of the six matrices of each encoder layer, (out, in) each
+    lr, gamma    pre-training's learning rate at this step; how hard all weights are pulled
+    v            fraction kept, on magnitude.py's cubic from 1 to --sparsity: gamma is solved for at
+                 each step, so that v remain. --gamma G fixes it instead, as the paper does
+    p            min(k, 5), and 1 with --gamma; eps 1e-9
+    T, recover   steps of pre-training; the last fraction, in which nothing more is pruned
+
+After the last round, and in fine-tuning, zeros stay. Most of this file is BERT's pre-training. The
+method is four short functions: prox, reweight, solve_gamma and proximal_step. Unlike magnitude.py,
+all pruning comes before fine-tuning. --nip is the paper's baseline, magnitude pruning in stairs;
+--sparsity 1 is the control, which reads the text and prunes nothing. The seconds of the last line
+are those of fine-tuning. --sparsity is the fraction KEPT.
+
+    python rpp.py --task squad --sparsity 0.4           on the small made-up data in mini/ prints
+    RESULT rpp squad keeps 40.00% (prunes 60.00%) EM .. F1 .. | 1000 steps .. s seed 0 | ..
     python rpp.py --task mnli --sparsity 0.4 --support out/rpp-squad-0.4-s0      another task
-Last line: RESULT rpp squad keeps 40.00% (prunes 60.00%) EM .. F1 .. | .. (seconds: of fine-tuning)
 """
 import argparse
 import json
@@ -53,6 +43,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import nn
 
@@ -60,21 +51,193 @@ from torch import nn
 import re
 import shutil
 
-import torch.nn.functional as F
 from transformers import BertForPreTraining
 
 # </method>
 import common
 
-# ---- flags
+# <method: definitions>
+# ---- the method
+
+def largest_to_go(x, v):
+    """The limit up to which elements (>= 0) of a flat tensor go, so that round(v n) of n stay.
+
+    One stays at least. Elements equal to the limit go too: with ties fewer stay.
+    """
+    n_go = len(x) - max(1, round(v * len(x)))
+    if n_go == 0:
+        return 0.0
+    if x.device.type == "cpu":                          # numpy selects without a sort
+        return float(np.partition(x.numpy(), n_go - 1)[n_go - 1])
+    if n_go > len(x) // 2:                              # topk stores all it finds: the shorter side
+        return float(x.topk(len(x) - n_go + 1, sorted=False).values.min())
+    return float(x.topk(n_go, largest=False, sorted=False).values.max())
+
+
+# Why not add gamma sum_i alpha_i |w_i| to the loss? Adam divides each gradient by its recent size.
+# A larger gamma would make both larger, and would hardly pull harder. So Adam minimises f0 alone,
+# and the other term is minimised exactly, near the point a that Adam has reached:
+#     w = argmin_x (x - a)^2 / 2 + threshold |x|,  threshold = lr gamma alpha
+# For x > 0 the slope is x - a + threshold, which is 0 at x = a - threshold. If that is not above
+# 0, and the same holds on the other side, the minimum is the kink at 0.
+def prox(a, threshold):
+    """sign(a) max(|a| - threshold, 0), for tensors of one shape: what lies within is taken away."""
+    return a - a.clamp(-threshold, threshold)
+
+
+# With p = 1 each weight that is not 0 adds about |w| / |w| = 1 to the sum: it counts them. A
+# larger p presses small weights harder still. (With p = 5 only those above 0.016: below, eps is
+# larger than |w|^5.) A weight at 0 has alpha = 1 / eps, which hardly a step of Adam outgrows: it
+# stays there. The paper writes a superscript (t) in the denominator. Read as the number of an
+# iterate, as in the lab's other code, it means p = 1; read as a power it is the round's number.
+# The first is likelier, the second scores better on mini: results/why/README.md.
+def reweight(w, p, eps):
+    """alpha = 1 / (|w|^p + eps), of w's shape."""
+    return 1 / (w.abs() ** p + eps)
+
+
+def solve_gamma(weights, alphas, v, lr):
+    """The gamma at which the proximal step leaves round(v N) of all N weights.
+
+    A weight goes where |a| <= lr gamma alpha, so where |a| / alpha <= lr gamma. Rounding can spare
+    one that should go. weights, alphas: one tensor (out, in) per matrix.
+    """
+    quotients = [(a.abs() / alpha).flatten() for a, alpha in zip(weights, alphas)]
+    return largest_to_go(torch.cat(quotients), v) / lr
+
+
+@torch.no_grad()
+def proximal_step(weights, alphas, v, lr, gamma=None, p=None, eps=1e-9):
+    """The second half of a step, after Adam's; p: where a round ends, the exponent of new alphas.
+
+    Changes weights and alphas, one tensor (out, in) per matrix, in place; returns gamma. lr must
+    not be 0. Without gamma it is solved for, so that the fraction v remains.
+    """
+    if gamma is None:
+        gamma = solve_gamma(weights, alphas, v, lr)
+    for w, alpha in zip(weights, alphas):
+        w.copy_(prox(w, lr * gamma * alpha))
+        if p is not None:
+            alpha.copy_(reweight(w, p, eps))
+    return gamma
+
+
+# ---- BERT's pre-training (Devlin et al. 2018, arXiv 1810.04805, appendix A.2)
+# MLM: guess 15 % of the words. NSP: does text B follow text A?
+
+def read_corpus(path, tokenizer):
+    """[document = [line = [token id]]]: a blank line lies between two documents of the file."""
+    documents = []
+    for text in re.split(r"\n\s*\n", common.read_text(path).strip()):
+        lines = [line.strip() for line in text.split("\n") if line.strip()]
+        encoded = tokenizer(lines, add_special_tokens=False)["input_ids"]
+        document = [ids for ids in encoded if ids]      # of control characters nothing is left
+        if document:
+            documents.append(document)
+    if len(documents) < 4:
+        raise SystemExit(f"{path} has {len(documents)} documents: give four at least, a blank line "
+                         "between them")
+    return documents
+
+
+def draw_pair(documents, length, rng):
+    """(token ids of text A, those of text B, 1 if B is from another document, else 0).
+
+    A: some lines of a document. B: the lines after A; half of the time, and where A reaches the
+    document's end, lines of another document. Together they have at most length - 3 tokens.
+    """
+    home = int(rng.integers(len(documents)))
+    document = documents[home]
+    first = int(rng.integers(max(1, len(document) - 1)))
+    most = max(1, min(len(document) - first - 1, length // 8))
+    n_lines = 1 + int(rng.integers(most))
+    second = first + n_lines
+    a = sum(document[first:second], [])
+    swapped = second >= len(document) or rng.random() < 0.5
+    if swapped:
+        other = home + int(rng.integers(1, len(documents)))
+        document = documents[other % len(documents)]
+        second = int(rng.integers(len(document)))
+    b = sum(document[second:second + length // 8], [])
+    room = length - 3                                       # [CLS] A [SEP] B [SEP]
+    n_a = min(len(a), max(room - len(b), room // 2))        # the longer one is cut
+    return a[len(a) - n_a:], b[:room - n_a], int(swapped)
+
+
+def mlm_nsp_batch(documents, tokenizer, words, batch_size, length, rng):
+    """A batch for MLM and NSP, with the keys of BertForPreTraining; rng: a numpy Generator.
+
+    15 % of the tokens are to be predicted: of these 80 % become [MASK], 10 % one of words (the
+    vocabulary without special tokens), and 10 % stay. labels: (batch, tokens), -100 where nothing
+    is asked. next_sentence_label: (batch,).
+    """
+    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+    rows = []
+    swaps = []
+    for _ in range(batch_size):
+        a, b, swapped = draw_pair(documents, length, rng)
+        rows.append(dict(
+            input_ids=[cls, *a, sep, *b, sep],
+            token_type_ids=[0] * (len(a) + 2) + [1] * (len(b) + 1)))
+        swaps.append(swapped)
+    batch = dict(tokenizer.pad(rows, return_tensors="np"))
+    ids = batch["input_ids"]
+    asked = ~np.isin(ids, tokenizer.all_special_ids) & (rng.random(ids.shape) < 0.15)
+    dice = rng.random(ids.shape)
+    random_words = rng.choice(words, ids.shape)
+    batch["labels"] = np.where(asked, ids, -100)
+    masked = np.where(asked & (dice < 0.9), random_words, ids)
+    batch["input_ids"] = np.where(asked & (dice < 0.8), tokenizer.mask_token_id, masked)
+    batch["next_sentence_label"] = np.array(swaps)
+    return {key: torch.tensor(column) for key, column in batch.items()}
+
+
+class PreTraining(nn.Module):
+    """BERT's two losses. The vocabulary head runs at the masked positions alone, one in seven."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model                                  # a BertForPreTraining
+
+    def forward(self, labels, next_sentence_label, **batch):
+        """(MLM + NSP loss, which of the words asked for are right, which of the pairs)."""
+        hidden, pooled = self.model.bert(**batch, return_dict=False)[:2]
+        asked = torch.nonzero(labels >= 0, as_tuple=True)                   # rows and columns
+        words = self.model.cls.predictions(hidden[asked])                   # (asked, vocabulary)
+        order = self.model.cls.seq_relationship(pooled)                     # (batch, 2)
+        labels = labels[asked]
+        mlm = F.cross_entropy(words, labels, reduction="sum") / max(1, len(labels))
+        nsp = F.cross_entropy(order, next_sentence_label)
+        return mlm + nsp, words.argmax(-1) == labels, order.argmax(-1) == next_sentence_label
+
+
+@torch.no_grad()
+def accuracy(net, batches, device):
+    """The percentages of right words (MLM) and right pairs (NSP), as a text."""
+    net.eval()
+    words, pairs = [], []
+    for batch in batches:
+        batch = {key: x.to(device) for key, x in batch.items()}
+        _, right_words, right_pairs = net(**batch)
+        words.append(right_words)
+        pairs.append(right_pairs)
+    net.train()
+    mlm = torch.cat(words).float().mean()
+    nsp = torch.cat(pairs).float().mean()
+    return f"MLM {mlm:.1%} NSP {nsp:.1%} right"
+# </method>
+
+
+# ---- presets and flags
 
 # <method: hyper-parameters>
 # Fine-tuning: as in magnitude.py. Pre-training under the paper preset: rounds, lr, batch_size and
-# eps are the paper's (recalled); the rest, and the mini preset, are ours. A --steps, --batch_size
-# or --lr that is given holds in both phases, but --pretrain_steps goes before --steps.
-# warmup: fraction of the steps in which lr rises. lr_end: fraction of lr left after the last step.
-# recover: fraction of the steps of pre-training after the last round. p: the highest exponent.
-# length: tokens in a text. clip: the norm to which all gradients together are clipped.
+# eps are the paper's, from memory; the rest, and the mini preset, are ours. A --steps,
+# --batch_size or --lr that is given holds in both phases, but --pretrain_steps goes before
+# --steps. Of all steps, warmup is the fraction in which lr rises. lr_end: the fraction of lr that
+# is left after the last step. recover: fraction of pre-training after the last round. p: the
+# highest exponent. length: tokens of a text. clip: the norm to which all gradients together are
+# clipped.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
@@ -117,43 +280,55 @@ HYPER = {
 # </method>
 
 
+def number(kind, above=0, most=1e9):
+    """An argparse type: a number of this kind (int or float), greater than above, at most most."""
+    def parse(text):
+        value = kind(text)
+        if not above < value <= most:
+            raise argparse.ArgumentTypeError(f"{text} must be above {above} and at most {most:g}")
+        return value
+    parse.__name__ = kind.__name__                      # argparse's word for a text that is none
+    return parse
+
+
 def flags():
-    """The command line. A flag without a default here takes it from HYPER."""
+    """The command line. What it leaves open, the preset decides."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--task", default="squad", choices=common.TASKS,
-        help="tsv: your own DIR/tsv/train.tsv and dev.tsv, with --data DIR")
-    add("--sparsity", type=float, default=0.03, metavar="V",
-        help="fraction of the prunable weights KEPT: 0.03 keeps 3.00%% and prunes 97.00%%")
     cuda = torch.cuda.is_available()
+    add("--task", default="squad", choices=common.TASKS,
+        help="tsv: your own classes, from DIR/tsv/train.tsv and dev.tsv with --data DIR")
+    add("--sparsity", "--keep", type=number(float, most=1), default=0.03, metavar="V",
+        help="fraction of the prunable weights KEPT: 0.03 keeps 3.00%% and prunes 97.00%%")
     add("--preset", choices=["mini", "paper"], default="paper" if cuda else "mini",
-        help="default: paper where CUDA is there, else mini")
-    add("--model")                              # a BERT: a folder, or a name on the hub
-    add("--data")                               # the folder of the data files
-    add("--out")                                # default: out/<script>-<task>-<V>-s<seed>
-    add("--seed", type=int, default=0)
-    add("--steps", type=int)                    # overrides the preset's steps or epochs
-    add("--batch_size", type=int)               # of all processes together
-    add("--lr", type=float)                     # peak learning rate of the weights
-    add("--device", default="cuda" if cuda else "cpu")
+        help="the default is paper where CUDA is there, else mini")
+    add("--model", help="a BERT: a folder, or a name on the hub")
+    add("--data", help="folder of the data files")
+    add("--out", help="folder of the run; default out/<script>-<task>-<V>-s<seed>")
+    add("--seed", type=number(int, above=-1), default=0, help="of new heads, batches and dropout")
+    add("--steps", type=number(int), help="instead of the preset's steps or epochs")
+    add("--batch_size", type=number(int), help="of a step, all processes together")
+    add("--lr", type=number(float), help="peak learning rate of the weights")
+    add("--device", default="cuda" if cuda else "cpu", help="cpu, cuda, cuda:1, ..")
     add("--teacher", help="distil from the fine-tuned model in this folder")
-    add("--resume", action="store_true")        # go on from the last checkpoint in --out
-    add("--checkpoint_every", type=int, default=500)
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    add("--checkpoint_every", type=number(int), default=500,
+        help="in steps; for BERT-base a checkpoint is a file of 1.3 GB, 2.1 with scores")
     # <method: flags>
     add("--corpus", help="text to pre-train on, a blank line between documents")
-    add("--pretrain_steps", type=int, help="steps of pre-training; --steps then leaves it alone")
-    add("--gamma", type=float,
-        help="above 0: the paper's open loop, where gamma decides what is kept, not --sparsity")
-    add("--rounds", type=int, help="alpha is reweighted after each")
+    add("--pretrain_steps", type=number(int),
+        help="steps of pre-training; --steps then leaves them alone")
+    add("--gamma", type=number(float),
+        help="the paper's open loop: gamma decides what is kept, not --sparsity")
+    add("--rounds", type=number(int), help="alpha is reweighted after each")
     add("--nip", action="store_true", help="the paper's baseline: magnitude pruning in stairs")
     add("--support", help="no pre-training: start from the pruned model in this folder")
     # </method>
     return parser
 
 
-# <method: definitions>
-# ---- method
+# ---- the run
 
 def lr_factor(step, steps, warmup, lr_end):
     """The learning rate as a fraction of its peak: up (never 0), then down to lr_end, linearly."""
@@ -162,10 +337,12 @@ def lr_factor(step, steps, warmup, lr_end):
     return min(1.0, rise, lr_end + fall)
 
 
+# Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; these are the
+# paper's. SQuAD has two distributions, of start and end: their KLs are averaged.
 def task_loss(net, batch, teacher, temperature=2.0):
     """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student).
 
-    SQuAD takes the mean KL of start and end. STS-B has one logit: its KL is 0.
+    STS-B's model gives one number and no distribution: its KL is 0.
     """
     out = net(**batch)
     if teacher is None:
@@ -181,193 +358,68 @@ def task_loss(net, batch, teacher, temperature=2.0):
     return 0.1 * out.loss + 0.9 * kl
 
 
-def largest_to_go(row, v):
-    """The value up to which elements (>= 0) of a flat tensor go, so that round(v n) of n stay."""
-    n_go = row.numel() - max(1, round(v * row.numel()))
-    if n_go == 0:
-        return 0.0
-    if row.device.type == "cpu":                # numpy's selection is the fastest there
-        return float(np.partition(row.numpy(), n_go - 1)[n_go - 1])
-    return float(row.topk(n_go, largest=False, sorted=False).values.max())
-
-
-def prox(a, threshold):
-    """argmin over w of (w - a)^2 / 2 + threshold |w|, which is sign(a) max(|a| - threshold, 0)."""
-    return a - a.clamp(-threshold, threshold)   # what lies within the threshold is taken away
-
-
-def reweight(w, p, eps):
-    """alpha = 1 / (|w|^p + eps): 1 / eps, which hardly a step of Adam outgrows, for a zero."""
-    return 1 / (w.abs() ** p + eps)
-
-
-def solve_gamma(weights, alphas, v, lr):
-    """The gamma at which the proximal step leaves round(v N) of all N weights."""
-    ratios = [(a.abs() / alpha).flatten() for a, alpha in zip(weights, alphas)]
-    return largest_to_go(torch.cat(ratios), v) / lr         # zeroed: |a| / alpha <= lr gamma
-
-
-# ---- pre-training (Devlin et al. 2018, arXiv 1810.04805, appendix A.2)
-
-def read_corpus(path, tokenizer):
-    """[document = [line = [token id]]]: a blank line lies between two documents of the file."""
-    documents = []
-    for text in re.split(r"\n\s*\n", common.read_text(path).strip()):
-        lines = [line.strip() for line in text.split("\n") if line.strip()]
-        encoded = tokenizer(lines, add_special_tokens=False)["input_ids"]
-        document = [ids for ids in encoded if ids]      # of control characters nothing is left
-        if document:
-            documents.append(document)
-    if len(documents) < 4:
-        raise SystemExit(f"{path} has {len(documents)} documents: give four at least, a blank line "
-                         "between them")
-    return documents
-
-
-def draw_pair(documents, length, rng):
-    """(token ids of text A, those of text B, 1 if B is from another document, else 0).
-
-    A: some lines of a document. B: the lines after A; half of the time, and where A reaches the
-    document's end, lines of another document. Together they have at most length - 3 tokens.
-    """
-    home = int(rng.integers(len(documents)))
-    document = documents[home]
-    first = int(rng.integers(max(1, len(document) - 1)))
-    most = max(1, min(len(document) - first - 1, length // 8))
-    n_lines = 1 + int(rng.integers(most))
-    second = first + n_lines
-    a = sum(document[first:second], [])
-    swapped = second >= len(document) or rng.random() < 0.5
-    if swapped:
-        other = home + int(rng.integers(1, len(documents)))
-        document = documents[other % len(documents)]
-        second = int(rng.integers(len(document)))
-    b = sum(document[second:second + length // 8], [])
-    room = length - 3                                       # [CLS] A [SEP] B [SEP]
-    n_a = min(len(a), max(room - len(b), room // 2))        # the longer one is cut
-    return a[len(a) - n_a:], b[:room - n_a], int(swapped)
-
-
-def mlm_nsp_batch(documents, tokenizer, batch_size, length, rng):
-    """A batch for MLM and NSP, with the keys of BertForPreTraining; rng: a numpy Generator.
-
-    15 % of the tokens are to be predicted: of these 80 % become [MASK], 10 % a random token, and
-    10 % stay. labels: (batch, tokens), -100 where nothing is asked. next_sentence_label: (batch,).
-    """
-    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
-    rows = []
-    swaps = []
-    for _ in range(batch_size):
-        a, b, swapped = draw_pair(documents, length, rng)
-        rows.append(dict(
-            input_ids=[cls, *a, sep, *b, sep],
-            token_type_ids=[0] * (len(a) + 2) + [1] * (len(b) + 1)))
-        swaps.append(swapped)
-    batch = dict(tokenizer.pad(rows, return_tensors="np"))
-    ids = batch["input_ids"]
-    special = tokenizer.all_special_ids
-    asked = ~np.isin(ids, special) & (rng.random(ids.shape) < 0.15)
-    dice = rng.random(ids.shape)
-    words = np.setdiff1d(np.arange(len(tokenizer)), special)
-    random_words = rng.choice(words, ids.shape)
-    batch["labels"] = np.where(asked, ids, -100)
-    masked = np.where(asked & (dice < 0.9), random_words, ids)
-    batch["input_ids"] = np.where(asked & (dice < 0.8), tokenizer.mask_token_id, masked)
-    batch["next_sentence_label"] = np.array(swaps)
-    return {key: torch.tensor(column) for key, column in batch.items()}
-
-
-class PreTraining(nn.Module):
-    """BERT's two losses. The vocabulary head runs at the masked positions alone, one in seven."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model                                  # a BertForPreTraining
-
-    def forward(self, labels, next_sentence_label, **batch):
-        """(MLM + NSP loss, which of the words asked for are right, which of the pairs)."""
-        hidden, pooled = self.model.bert(**batch, return_dict=False)[:2]
-        words = self.model.cls.predictions(hidden[labels >= 0])             # (asked, vocabulary)
-        order = self.model.cls.seq_relationship(pooled)                     # (batch, 2)
-        labels = labels[labels >= 0]
-        mlm = F.cross_entropy(words, labels, reduction="sum") / max(1, len(labels))
-        nsp = F.cross_entropy(order, next_sentence_label)
-        return mlm + nsp, words.argmax(-1) == labels, order.argmax(-1) == next_sentence_label
-
-
-@torch.no_grad()
-def accuracy(net, batches, device):
-    """The percentages of right words (MLM) and right pairs (NSP), as a text."""
-    net.eval()
-    words, pairs = [], []
-    for batch in batches:
-        batch = {key: x.to(device) for key, x in batch.items()}
-        _, right_words, right_pairs = net(**batch)
-        words.append(right_words)
-        pairs.append(right_pairs)
-    net.train()
-    mlm = torch.cat(words).float().mean()
-    nsp = torch.cat(pairs).float().mean()
-    return f"MLM {mlm:.1%} NSP {nsp:.1%} right"
-# </method>
-
-
-# ---- run
-
 def main(args):
     """Fine-tune, prune, save and evaluate. Exits with status 3 if the goal was missed."""
-    # ---- preset
-    typed = {name: value for name, value in vars(args).items() if value is not None}
+    # ---- the preset fills in what the command line left open
+    given = {name: value for name, value in vars(args).items() if value is not None}
     preset = HYPER[args.preset]
-    hyper = preset["*"] | preset.get(args.task, {})
-    args = argparse.Namespace(**(vars(args) | hyper | typed))
+    args = argparse.Namespace(**(vars(args) | preset["*"] | preset.get(args.task, {}) | given))
     method = Path(__file__).stem
     out = Path(args.out or f"out/{method}-{args.task}-{args.sparsity:g}-s{args.seed}")
+    log = out / "log.jsonl"
+    checkpoint = out / "checkpoint.pt"
+    rank = int(os.environ.get("RANK", 0))               # set by torchrun
+    world = int(os.environ.get("WORLD_SIZE", 1))
 
     # ---- mistakes that can be seen before anything is loaded
-    numbers = {args.sparsity, args.lr, args.batch_size, args.steps}
-    if min(numbers - {None}) <= 0 or not args.sparsity <= 1:
-        raise SystemExit("--sparsity is the fraction KEPT, above 0 and at most 1; --steps, --lr "
-                         "and --batch_size must be above 0")
-    inputs = map(os.path.realpath, (args.model, str(args.teacher)))
-    if os.path.realpath(out) in inputs:
-        raise SystemExit(f"--out {out} is the --model or --teacher folder too: give another")
-    log = out / "log.jsonl"
-    if args.resume and (not log.exists() or (out / "result.json").exists()):
-        raise SystemExit(f"--resume: {out} holds no unfinished run: leave --resume out")
-    if any(out.glob("*")) and not log.exists():
+    for name in ("model", "teacher"):
+        folder = vars(args)[name]
+        if folder and os.path.realpath(folder) == os.path.realpath(out):
+            raise SystemExit(f"--out {out} is the --{name} folder too: give another")
+    if out.is_file() or any(out.glob("*")) and not log.exists():
         raise SystemExit(f"--out {out} holds something other than a run: give a new folder")
+    settings = vars(args) | {"script": method, "processes": world, "out": None, "resume": None}
+    settings = json.loads(json.dumps(settings))         # as log.jsonl's first line will hold them
+    if args.resume:
+        if not log.exists() or (out / "result.json").exists():
+            raise SystemExit(f"--resume: {out} holds no unfinished run: leave --resume out")
+        before = json.loads(log.read_text().partition("\n")[0])["args"]
+        differ = sorted(name for name in settings if before.get(name) != settings[name])
+        if differ:
+            raise SystemExit(f"--resume: {out} was begun with another {', '.join(differ)}: give "
+                             "the command that began it")
     # <method: checks>
     support = out / "support"                               # written, or replaced
     inputs = {os.path.realpath(args.support or args.model), os.path.realpath(args.model)}
     if inputs & {os.path.realpath(out), os.path.realpath(support)}:
         raise SystemExit(f"--out {out} holds the --support or --model folder: give another")
-    pretrains = not args.support and (args.sparsity < 1 or args.gamma)
+    pretrains = args.support is None
     pretrained = pretrains and args.resume and support.exists()         # before it was killed
-    if pretrains and not args.corpus:
+    if pretrains and args.corpus is None:
         raise SystemExit("pre-training needs a text: give --corpus FILE, or --preset mini")
     # </method>
 
-    # ---- devices and processes: torchrun sets RANK, LOCAL_RANK and WORLD_SIZE
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.device == "cuda":
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    # ---- device and precision
     try:
-        device = torch.zeros(1, device=args.device).device
+        local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
+        device = torch.zeros(1, device=local).device
     except Exception as error:
         raise SystemExit(f"--device {args.device} is not there ({error}): give another") from None
-    # bf16 where the hardware has it; on a CPU only with --preset paper
-    bf16 = args.preset == "paper" and torch.cpu._is_avx512_bf16_supported()
+    chip = torch.cpu.get_capabilities()
+    card = chip.get("cpu_name", chip["architecture"])
+    fast = chip.get("avx512_bf16", False)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+        card = torch.cuda.get_device_name(device)
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    # mini is in fp32 everywhere, so that its scores on a GPU compare with those on a laptop
+    precision = "bf16" if fast and args.preset == "paper" else "fp32"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     if rank > 0:
         sys.stdout = open(os.devnull, "w")              # rank 0 alone prints, downloads and saves
     print(f"{method} {args.task}: keeps {args.sparsity:.2%} (prunes {1 - args.sparsity:.2%}) | "
-          f"preset {args.preset} (CUDA: {torch.cuda.is_available()}) | {device} x {world} | "
-          f"{'bf16' if bf16 else 'fp32'} | seed {args.seed}")
+          f"preset {args.preset} (CUDA: {torch.cuda.is_available()}) | {card}, {device} x {world}, "
+          f"{precision} | seed {args.seed}")
     if 0.5 < args.sparsity < 1:
         print(f"--sparsity is the fraction KEPT: did you mean {1 - args.sparsity:g}?")
     if args.preset == "paper" and rank == 0:
@@ -379,13 +431,18 @@ def main(args):
     # ---- data and model
     tokenizer = common.load_tokenizer(args.model)
     data = common.Data(args.task, args.data, tokenizer, args.length)
-    args.steps = args.steps or args.epochs * len(data.train) // args.batch_size or 1
+    if min(args.batch_size, len(data.train)) % world:
+        raise SystemExit(f"--batch_size {args.batch_size} ({len(data.train)} examples) does not "
+                         f"split evenly over {world} processes: give a multiple of {world}")
+    if args.steps is None:
+        args.steps = max(1, args.epochs * len(data.train) // args.batch_size)
     torch.manual_seed(args.seed)                        # of a head that is new
     model = common.load_bert(args.model, data).to(device).train()
     model.bert.embeddings.requires_grad_(False)         # as in movement pruning's official code
     teacher = None
     if args.teacher:
         teacher = common.load_bert(args.teacher, data, teacher=True).to(device).eval()
+        print(f"the teacher's own scores: {data.evaluate(teacher)[0]}")
     print(f"{len(data.train)} training examples, {data.n_dev} to evaluate | "
           f"{args.steps} steps of {args.batch_size} | lr {args.lr:g} | {args.model}")
     layers = common.prunable(model)                     # {name: Linear}, six matrices a layer
@@ -420,12 +477,11 @@ def main(args):
     # </method>
 
     # ---- the run's folder
-    checkpoint = out / "checkpoint.pt"
     if rank == 0 and not args.resume:
         out.mkdir(parents=True, exist_ok=True)
-        for old in (checkpoint, out / "result.json"):
-            old.unlink(missing_ok=True)
-        log.write_text("")
+        checkpoint.unlink(missing_ok=True)
+        (out / "result.json").unlink(missing_ok=True)
+        log.write_text(json.dumps({"args": settings}) + "\n")
 
     # <method: before the loop>
     # ---- pre-training: prune the pre-trained BERT on text, and save it in out/support
@@ -433,23 +489,25 @@ def main(args):
     if rank == 0 and not args.resume:
         shutil.rmtree(support, ignore_errors=True)
         unfinished.unlink(missing_ok=True)
-    settings = dict(args.pretrain)
+    phase = dict(args.pretrain)
     for key in ("steps", "batch_size", "lr"):               # the command line goes before HYPER
-        settings[key] = typed.get(key, settings[key])
-    if pretrains:
-        steps = args.pretrain_steps = args.pretrain_steps or settings["steps"]
+        phase[key] = given.get(key, phase[key])
+    if pretrains and args.pretrain_steps is None:
+        args.pretrain_steps = phase["steps"]
     if pretrained:
         found = BertForPreTraining.from_pretrained(support)
     elif pretrains:
-        rounds_end = max(1, round((1 - settings["recover"]) * steps))
-        stairs = max(1, round((1 - args.sparsity) / 0.1))   # of --nip
-        length = min(settings["length"], tokenizer.model_max_length)
+        steps = args.pretrain_steps
+        rounds_end = max(1, round((1 - phase["recover"]) * steps))   # steps until rounds end
+        stairs = max(1, round((1 - args.sparsity) / 0.1))   # of --nip: 10 % each, from memory
+        length = min(phase["length"], tokenizer.model_max_length)
+        words = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
         n_held = min(512, len(held_out))                    # pairs
         held_batches = []
         for i in range(0, n_held, 32):
             rng = np.random.default_rng([i])
             size = min(32, n_held - i)
-            held_batches.append(mlm_nsp_batch(held_out, tokenizer, size, length, rng))
+            held_batches.append(mlm_nsp_batch(held_out, tokenizer, words, size, length, rng))
         found, info = BertForPreTraining.from_pretrained(
             args.model, dtype=torch.float32, output_loading_info=True)
         found = found.to(device).train()
@@ -466,25 +524,28 @@ def main(args):
             saved = torch.load(unfinished, map_location=device)
             found.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
-        alphas = saved["alphas"]
+        alphas = [alpha.detach() for alpha in saved["alphas"]]
         with autocast:
-            before = accuracy(net, held_batches, device)
-        print(f"pre-training from step {saved['step']} of {steps} on {args.corpus}: {before}")
+            first_scores = accuracy(net, held_batches, device)
+        print(f"pre-training from step {saved['step']} of {steps} on {args.corpus}: {first_scores}")
         started = time.time()
         for step in range(saved["step"], steps):
             torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)
             rng = np.random.default_rng([args.seed, step])
-            batch = mlm_nsp_batch(documents, tokenizer, settings["batch_size"], length, rng)
+            batch = mlm_nsp_batch(
+                documents, tokenizer, words, phase["batch_size"], length, rng)
             batch = {key: x[rank::world].to(device) for key, x in batch.items()}
-            lr = settings["lr"] * lr_factor(step, steps, settings["warmup"], 0.0)
+            lr = phase["lr"] * lr_factor(step, steps, phase["warmup"], 0.0)
             optimizer.param_groups[0]["lr"] = lr
             with autocast:                                  # f0: no penalty is in it
                 loss, _, _ = net(**batch)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(found.parameters(), args.clip)
-            remains = [w != 0 for w in weights]             # (out, in) each
-            optimizer.step()
+            holds = args.nip or step >= rounds_end          # zeros stay
+            if holds:
+                remains = [w != 0 for w in weights]         # (out, in) each
+            optimizer.step()                                # the first half: w becomes a
 
             done = step + 1
             progress = min(1.0, done / rounds_end)
@@ -495,31 +556,28 @@ def main(args):
             v = args.sparsity + (1 - args.sparsity) * left
             gamma = 0.0
             with torch.no_grad():
-                if args.nip or step >= rounds_end:          # the zeros stay
+                if holds:
                     for w, stays in zip(weights, remains):
                         w.masked_fill_(~stays, 0.0)
-                if args.nip and height > int(step / rounds_end * stairs):
-                    row = torch.cat([w.abs().flatten() for w in weights])               # (N,)
-                    last = largest_to_go(row, v)
+                if args.nip and height > int(step / rounds_end * stairs):   # one stair down
+                    limit = largest_to_go(torch.cat([w.abs().flatten() for w in weights]), v)
                     for w in weights:
-                        w.masked_fill_(w.abs() <= last, 0.0)
-                elif not args.nip and step < rounds_end:
-                    gamma = args.gamma or solve_gamma(weights, alphas, v, lr)
-                    for w, alpha in zip(weights, alphas):
-                        w.copy_(prox(w, lr * gamma * alpha))
-                    finished = done * args.rounds // rounds_end
-                    if finished > step * args.rounds // rounds_end:     # a round has ended
-                        p = 1 if args.gamma else min(finished, settings["p"])
-                        alphas = [reweight(w, p, settings["eps"]) for w in weights]
+                        w.masked_fill_(w.abs() <= limit, 0.0)
+            if not holds:                                   # the second half, while rounds last
+                k = done * args.rounds // rounds_end        # rounds that have ended
+                p = None
+                if k > step * args.rounds // rounds_end:    # one of them just now
+                    p = 1 if args.gamma else min(k, phase["p"])
+                gamma = proximal_step(weights, alphas, v, lr, args.gamma, p, phase["eps"])
 
             if rank == 0 and (done % 50 == 0 or done == steps):
                 kept = common.count_kept(found)[1]
                 print(f"pre-training step {done:05d}/{steps:05d}  loss {loss:.4f}  "
                       f"gamma {gamma:.2e}  kept {kept:.1%}  lr {lr:.1e}", flush=True)
-                row = dict(pretraining_step=done, loss=loss.item(),
-                           gamma=gamma, kept=kept, lr=lr)
+                line = dict(pretraining_step=done, loss=loss.item(),
+                            gamma=gamma, kept=kept, lr=lr)
                 with open(log, "a") as file:
-                    print(json.dumps(row), file=file)
+                    print(json.dumps(line), file=file)
                 if not torch.isfinite(loss):
                     raise SystemExit(f"the loss is {loss} at step {done}: give a smaller --lr")
             if rank == 0 and done % args.checkpoint_every == 0:
@@ -528,8 +586,9 @@ def main(args):
                     alphas=alphas, step=done), out / "pretraining.part")
                 os.replace(out / "pretraining.part", unfinished)
         with autocast:
-            after = accuracy(net, held_batches, device)
-        print(f"pre-training took {time.time() - started:.0f} s: before {before}, after {after}")
+            last_scores = accuracy(net, held_batches, device)
+        print(f"pre-training took {time.time() - started:.0f} s: before {first_scores}, "
+              f"after {last_scores}")
         if rank == 0:                                       # whole, or under another name
             part = out / "support.part"
             shutil.rmtree(part, ignore_errors=True)
@@ -537,19 +596,19 @@ def main(args):
             tokenizer.save_pretrained(part)
             os.replace(part, support)
             unfinished.unlink(missing_ok=True)
+        del net, optimizer, alphas, saved, weights, documents, held_batches     # room for the task
 
     # ---- fine-tuning on the support: encoder, embeddings and pooler, not the heads
+    parts = found.state_dict()
+    for key in lacking:                                     # the task's model has better, or none
+        parts.pop(key)
+    model.load_state_dict(parts, strict=False)
+    del found, parts
     goal = None if args.gamma else args.sparsity
-    remains = []                                            # none if V = 1: dense fine-tuning
-    if found:
-        parts = found.state_dict()
-        for key in lacking:                                 # the task's model has better, or none
-            parts.pop(key)
-        model.load_state_dict(parts, strict=False)
-        if args.support:
-            goal = common.count_kept(model)[1]
-            print(f"the support keeps {goal:.2%}: this is the goal, whatever --sparsity says")
-        remains = [layer.weight != 0 for layer in layers.values()]          # (out, in) each
+    if args.support:
+        goal = common.count_kept(model)[1]
+        print(f"the support keeps {goal:.2%}: this is the goal, whatever --sparsity says")
+    remains = [layer.weight != 0 for layer in layers.values()]              # (out, in) each
     # </method>
 
     # ---- optimizer: no weight decay, so that the loss and the method alone move a weight
@@ -560,42 +619,47 @@ def main(args):
         net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
     # ---- resume
-    saved = dict(step=0, seconds=0.0)
+    first, seconds = 0, 0.0
     if args.resume and checkpoint.exists():
         saved = torch.load(checkpoint, map_location=device)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         state.update(saved["state"])
+        first, seconds = saved["step"], saved["seconds"]
+        del saved
     if args.resume:                                     # 0: it was killed before a checkpoint
-        print(f"the run goes on from step {saved['step']}")
+        print(f"the run goes on from step {first}")
 
     # ---- the loop: batch, dropout and lr depend on (seed, step) alone, as a resumed run needs
-    seconds = saved["seconds"]
     started = time.time() - seconds
-    batches = data.batches(saved["step"], args.batch_size, args.seed)
-    for step in range(saved["step"], args.steps):
+    batches = data.batches(first, args.batch_size, args.seed)
+    for step in range(first, args.steps):
         torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)
-        batch = data.collate(next(batches)[rank::world]).to(device)
+        batch = data.collate(next(batches)[rank::world], device)
         factor = lr_factor(step, args.steps, args.warmup, args.lr_end)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
+        # The slots leave behind: v, the fraction that should be kept at this step, here; penalty,
+        # what is added to the loss; goal, the fraction to be kept in the end, after the loop.
+        # A v or goal of None means that there is none.
         # <method: before forward>
-        v = goal                                            # nothing more is pruned
+        v = goal                                        # nothing more is pruned
         # </method>
 
         with autocast:
             loss = task_loss(net, batch, teacher)
 
         # <method: penalty>
-        penalty = torch.tensor(0.0)
+        penalty = torch.tensor(0.0)                     # the loss is the task's alone
         # </method>
 
         optimizer.zero_grad()
         (loss + penalty).backward()
 
         # <method: gradient>
-        # A weight whose gradients were all 0 has moments of 0: AdamW without decay leaves it at 0.
+        # Before the optimizer: a weight whose gradients were all 0 has moments of 0, and AdamW
+        # without decay leaves it at 0.
         for layer, stays in zip(layers.values(), remains):
             layer.weight.grad.mul_(stays)
         # </method>
@@ -604,7 +668,7 @@ def main(args):
         optimizer.step()
 
         # <method: after step>
-        # nothing
+        # nothing: pruning ended with pre-training
         # </method>
 
         # ---- log line
@@ -617,10 +681,10 @@ def main(args):
                   f"kept {kept:.1%} ({goal_text})  lr {args.lr * factor:.1e}  "
                   f"{1000 * seconds / done:.0f} ms  "
                   f"eta {(args.steps - done) * seconds / done / 60:.0f}m", flush=True)
-            row = dict(step=done, loss=loss.item(), penalty=penalty.item(),
-                       kept=kept, goal=v, lr=args.lr * factor, seconds=seconds)
+            line = dict(step=done, loss=loss.item(), penalty=penalty.item(),
+                        kept=kept, goal=v, lr=args.lr * factor, seconds=seconds)
             with open(log, "a") as file:
-                print(json.dumps(row), file=file)
+                print(json.dumps(line), file=file)
             if not torch.isfinite(loss):
                 raise SystemExit(f"the loss is {loss} at step {done}: give a smaller --lr")
 
@@ -644,7 +708,7 @@ def main(args):
     model = type(model).from_pretrained(out).to(device)
     kept_per_layer, kept, n_prunable = common.count_kept(model)
     with autocast:
-        metrics = data.evaluate(model)
+        metrics, collapsed = data.evaluate(model)
     for name, share in kept_per_layer.items():
         print(f"{name:50s} kept {share:7.2%} {'#' * round(40 * share)}")
     total = time.time() - started
@@ -655,23 +719,24 @@ def main(args):
     missed = goal is not None and abs(kept - goal) > min(0.001, 0.05 * goal)
     if missed:
         line += f" | MISSED the goal of {goal:.2%}"
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
     result = dict(
         method=method, task=args.task,
-        kept=kept, kept_per_layer=kept_per_layer,
-        metrics=metrics,
-        seconds=total, ms_per_step=1000 * seconds / args.steps,
+        kept=kept, kept_per_layer=kept_per_layer, n_prunable=n_prunable,
+        metrics=metrics, collapsed=collapsed,
         n_train=len(data.train), n_dev=data.n_dev,
-        n_prunable=n_prunable,
-        device=args.device,
-        threads=torch.get_num_threads(),
-        versions=versions,
+        seconds=total, ms_per_step=1000 * seconds / args.steps,
+        device=str(device), card=card, precision=precision, threads=torch.get_num_threads(),
+        peak_memory=torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+        versions={module.__name__: module.__version__ for module in (torch, transformers, np)},
         args=vars(args) | {"out": str(out), "goal": goal},
         line=line
     )
     (out / "result.json").write_text(json.dumps(result, indent=1))
     checkpoint.unlink(missing_ok=True)
     print(line)
+    if collapsed:
+        print("COLLAPSED: the model answers all alike. More --steps help, or soft_mvp.py: see "
+              "results/why/README.md")
     if missed:
         sys.exit(3)
 

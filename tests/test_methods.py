@@ -136,7 +136,7 @@ def test_soft_movement_counts_and_floors(v):
     shapes = [(20, 30), (40, 50), (30, 100)]
     masked = masked_layers(soft_mvp, shapes)
     scores = [torch.randn(shape) + 4 * i for i, shape in enumerate(shapes)]
-    soft_mvp.update_masks(masked, scores, v)
+    soft_mvp.update_masks(masked, scores, v, "global")
     floors = []
     for s in scores:                            # of the official code; less if v is below 0.5 %
         n = s.numel()
@@ -296,6 +296,21 @@ def test_reweight():
     np.testing.assert_allclose(rpp.reweight(w, 2, 1e-9), [1e9, 4.0, 0.25], rtol=1e-5)
 
 
+def test_proximal_step_and_the_end_of_a_round():
+    """Against the formulas, in numpy."""
+    torch.manual_seed(0)
+    a = torch.randn(4, 4)
+    alpha = 0.5 + torch.rand(4, 4)
+    weights, alphas = [a.clone()], [alpha.clone()]
+    gamma = rpp.proximal_step(weights, alphas, 0.25, lr=0.1, p=2, eps=1e-3)
+    pulled = np.abs(a.numpy()) - 0.1 * gamma * alpha.numpy()
+    expected = np.sign(a.numpy()) * np.maximum(pulled, 0)
+    np.testing.assert_allclose(weights[0], expected, atol=1e-6)
+    assert abs(np.count_nonzero(expected > 1e-6) + np.count_nonzero(expected < -1e-6) - 4) <= 1
+    np.testing.assert_allclose(alphas[0], 1 / (weights[0].numpy() ** 2 + 1e-3), rtol=1e-5)
+    assert rpp.proximal_step(weights, alphas, 0.25, lr=0.1, gamma=0.5) == 0.5
+
+
 def test_solve_gamma_leaves_the_share():
     torch.manual_seed(0)
     weights = [torch.randn(10, 10), 5 * torch.randn(20, 10)]
@@ -311,10 +326,11 @@ def test_mlm_nsp_batch():
     tokenizer = common.load_tokenizer(str(ROOT / "mini" / "bert"))
     documents = [[[100 + 10 * d + line] * 6 for line in range(8)] for d in range(6)]
     rng = np.random.default_rng(0)
-    batch = rpp.mlm_nsp_batch(documents, tokenizer, 400, 40, rng)
+    words = np.arange(100, 160)
+    batch = rpp.mlm_nsp_batch(documents, tokenizer, words, 400, 40, rng)
     asked = batch["labels"] >= 0
-    words = (batch["attention_mask"] == 1).sum() - 3 * 400
-    assert float(asked.sum() / words) == pytest.approx(0.15, abs=0.02)
+    n_words = (batch["attention_mask"] == 1).sum() - 3 * 400
+    assert float(asked.sum() / n_words) == pytest.approx(0.15, abs=0.02)
     masked = (batch["input_ids"] == tokenizer.mask_token_id) & asked
     assert float(masked.sum() / asked.sum()) == pytest.approx(0.8, abs=0.03)
     assert batch["input_ids"].shape[1] <= 40

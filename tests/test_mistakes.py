@@ -19,22 +19,46 @@ def fails(method, data, out, *flags):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--sparsity", "0"], "fraction KEPT"),
-    (["--sparsity", "97"], "fraction KEPT"),
-    (["--steps", "0"], "--steps"),
-    (["--batch_size", "-1"], "--batch_size"),
-    (["--lr", "0"], "--lr"),
     (["--device", "cuda:9"], "--device cuda:9 is not there"),
     (["--device", "toaster"], "--device toaster is not there"),
     (["--model", "no/such/folder"], "cannot be loaded"),
     (["--teacher", str(BERT)], "give a model trained on squad"),
     (["--task", "sst2"], "SST-2/train.tsv"),
     (["--resume"], "holds no unfinished run"),
-    (["--lr", "1e30"], "the loss is"),
+    (["--lr", "1e9"], "the loss is"),
 ])
 def test_sentence(data, tmp_path, flags, words):
     sentence = fails("magnitude", data, tmp_path / "out", *flags)
     assert words in sentence and "\n" not in sentence
+
+
+@pytest.mark.parametrize("method, flag, bad", [
+    ("magnitude", "--sparsity", ["0", "97", "nan"]), ("magnitude", "--steps", ["0", "1.5", "many"]),
+    ("magnitude", "--batch_size", ["-1"]), ("magnitude", "--lr", ["0", "inf"]),
+    ("magnitude", "--seed", ["-1"]), ("magnitude", "--checkpoint_every", ["0"]),
+    ("mvp", "--score_lr", ["-1"]), ("soft_mvp", "--penalty", ["0"]), ("l0", "--penalty", ["-1"]),
+    ("mgpp", "--mix", ["0", "2"]), ("mgpp", "--spike", ["0"]), ("mgpp", "--interval", ["0"]),
+    ("rpp", "--gamma", ["0"]), ("rpp", "--pretrain_steps", ["0"]), ("rpp", "--rounds", ["0"])])
+def test_numbers_out_of_range(method, flag, bad, capsys):
+    for text in bad:
+        with pytest.raises(SystemExit) as error:
+            importlib.import_module(method).flags().parse_args([flag, text])
+        assert error.value.code == 2 and flag in capsys.readouterr().err.strip().split("\n")[-1]
+
+
+@pytest.mark.parametrize("method", ["mvp", "soft_mvp", "l0", "mgpp"])
+def test_dense_is_magnitude_py(data, tmp_path, method):
+    assert "magnitude.py" in fails(method, data, tmp_path / "out", "--sparsity", "1")
+
+
+def test_keep_is_sparsity():
+    assert importlib.import_module("mvp").flags().parse_args(["--keep", "0.2"]).sparsity == 0.2
+
+
+def test_out_is_a_file(data, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    assert "something other than a run" in fails("mvp", data, tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
 
 
 def test_out_with_something_else(data, tmp_path):
@@ -94,10 +118,10 @@ def test_advice_on_the_complement(data, tmp_path, capsys):
 
 
 def test_from_the_command_line(data, tmp_path):
-    process = start_script("l0", data, tmp_path, "--sparsity", "3")
+    process = start_script("l0", data, tmp_path, "--sparsity", "1")
     assert process.returncode == 1 and "Traceback" not in process.stderr
     assert process.stderr.strip().count("\n") == 0
-    process = start_script("l0", data, tmp_path, "--steps", "many")
+    process = start_script("l0", data, tmp_path, "--sparsity", "3")
     assert process.returncode == 2 and "Traceback" not in process.stderr
 
 

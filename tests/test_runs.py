@@ -16,7 +16,8 @@ from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClas
 import common
 
 KEYS = {"method", "task", "kept", "kept_per_layer", "metrics", "seconds", "ms_per_step", "n_train",
-        "n_dev", "n_prunable", "device", "threads", "versions", "args", "line"}
+        "n_dev", "n_prunable", "device", "card", "precision", "peak_memory", "threads", "versions",
+        "collapsed", "args", "line"}
 PRETRAIN = {"rpp": ["--pretrain_steps", "4"]}
 
 
@@ -76,7 +77,8 @@ def test_metrics_are_of_the_saved_model(ended, data, method):
     task = common.Data("squad", data, common.load_tokenizer(str(out)), 128)
     model = AutoModelForQuestionAnswering.from_pretrained(out)
     result = json.loads((out / "result.json").read_text())
-    assert task.evaluate(model) == pytest.approx(result["metrics"])
+    metrics, collapsed = task.evaluate(model)
+    assert metrics == pytest.approx(result["metrics"]) and collapsed == result["collapsed"]
 
 
 @pytest.fixture(scope="module")
@@ -127,19 +129,28 @@ def test_killed_after_the_last_step(ended, data, tmp_path, monkeypatch):
 
 
 def test_killed_before_the_first_checkpoint(data, tmp_path, capsys):
-    (tmp_path / "log.jsonl").write_text("")
-    result = run("magnitude", data, tmp_path, "--resume", "--sparsity", "0.1")
+    run("magnitude", data, tmp_path, "--sparsity", "0.1")
+    (tmp_path / "result.json").unlink()
+    before = bytes_of(tmp_path)
+    run("magnitude", data, tmp_path, "--resume", "--sparsity", "0.1")
     assert "the run goes on from step 0" in capsys.readouterr().out
-    assert result["kept"] == pytest.approx(0.1, abs=1e-4)
+    assert bytes_of(tmp_path) == before
 
 
-def test_dense_is_the_same_in_all(data, tmp_path):
-    """V = 1: the plain loop of torch and transformers, written out here, and all six scripts."""
-    for method in METHODS:
-        assert run(method, data, tmp_path / method, "--sparsity", "1")["kept"] > 0.9999
-    dense = bytes_of(tmp_path / "magnitude")
-    for method in ("mvp", "soft_mvp", "l0", "rpp"):
-        assert bytes_of(tmp_path / method) == dense
+@pytest.mark.parametrize("method, flags, word", [
+    ("mvp", ["--lr", "1e-3"], "lr"), ("mvp", ["--seed", "1"], "seed"),
+    ("mvp", ["--steps", "9"], "steps"), ("soft_mvp", [], "script")])
+def test_resume_with_another_command(killed, data, method, flags, word):
+    out, first_flags = killed["mvp"]
+    before = (out / "log.jsonl").read_bytes()
+    with pytest.raises(SystemExit, match=f"begun with another .*{word}"):
+        run(method, data, out, *first_flags, "--resume", *flags)
+    assert (out / "log.jsonl").read_bytes() == before
+
+
+def test_dense(data, tmp_path):
+    """V = 1 is a plain loop of torch and transformers, written out here."""
+    assert run("magnitude", data, tmp_path / "magnitude", "--sparsity", "1")["kept"] > 0.9999
     tokenizer = common.load_tokenizer(str(ROOT / "mini" / "bert"))
     task = common.Data("squad", data, tokenizer, 128)
     torch.manual_seed(0)
@@ -181,18 +192,28 @@ def test_own_flags_meet_the_goal(data, tmp_path, method, own, shared):
 
 
 @pytest.mark.parametrize("method, flags", [
-    ("soft_mvp", ["--penalty", "100"]), ("l0", ["--penalty", "100", "--sparsity", "1"]),
+    ("soft_mvp", ["--penalty", "100"]), ("l0", ["--penalty", "100"]),
     ("rpp", ["--gamma", "1e-3", *PRETRAIN["rpp"]])])
 def test_open_loops_have_no_goal(data, tmp_path, method, flags):
     result = run(method, data, tmp_path, *flags)
     assert result["args"]["goal"] is None and "MISSED" not in result["line"]
 
 
-@pytest.mark.parametrize("method", ["mgpp", "rpp"])
-def test_dense_holds_no_zeros(ended, data, tmp_path, method):
-    """V = 1 is dense fine-tuning of a pruned --model too."""
-    pruned, _ = ended["magnitude"]
-    assert run(method, data, tmp_path, "--sparsity", "1", "--model", pruned)["kept"] > 0.9999
+def test_control_of_rpp(data, tmp_path):
+    """V = 1 reads the text and prunes nothing."""
+    result = run("rpp", data, tmp_path, "--sparsity", "1", *PRETRAIN["rpp"])
+    assert result["kept"] > 0.9999 and (tmp_path / "support" / "model.safetensors").exists()
+
+
+def test_collapsed_runs_say_so(data, tmp_path, capsys):
+    """One class for every example: a run of one step is that, or the other way about, by chance."""
+    result = run("magnitude", data, tmp_path / "one", "--task", "tsv", "--sparsity", "0.01")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "one")
+    task = common.Data("tsv", data, common.load_tokenizer(str(tmp_path / "one")), 128)
+    guesses = {int(model(**task.collate([f], targets=False)).logits.argmax()) for f in
+               task.dev["dev"]}
+    assert result["collapsed"] == (len(guesses) == 1)
+    assert ("COLLAPSED" in capsys.readouterr().out.strip().split("\n")[-1]) == result["collapsed"]
 
 
 def test_teacher(ended, data, tmp_path):

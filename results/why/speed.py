@@ -6,7 +6,7 @@
 
 SST-2, batches of 16, lr 3e-5, the scripts' own paper preset for all else. A run is named
 SCRIPT:LAYERS:STEPS:KEPT:SEED; its model is the first LAYERS layers of MODEL. A run that was killed
-goes on from its last checkpoint under --runs. One thread. results/why/speed.tsv gets a row for each:
+goes on from its last checkpoint under --runs. One thread. Each gets a row in results/why/speed.tsv:
 the mean training loss while so much is kept (chance: 0.69; the fraction is that of magnitude.py's
 cubic), over the last fifth of the steps, and the accuracy.
 """
