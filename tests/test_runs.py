@@ -140,12 +140,13 @@ def test_killed_before_the_first_checkpoint(data, tmp_path, capsys):
 @pytest.mark.parametrize("method, flags, word", [
     ("mvp", ["--lr", "1e-3"], "lr"), ("mvp", ["--seed", "1"], "seed"),
     ("mvp", ["--steps", "9"], "steps"), ("soft_mvp", [], "script")])
-def test_resume_with_another_command(killed, data, method, flags, word):
+def test_resume_with_another_command(killed, data, tmp_path, method, flags, word):
     out, first_flags = killed["mvp"]
-    before = (out / "log.jsonl").read_bytes()
+    log = (out / "log.jsonl").read_bytes()
+    (tmp_path / "log.jsonl").write_bytes(log)
     with pytest.raises(SystemExit, match=f"begun with another .*{word}"):
-        run(method, data, out, *first_flags, "--resume", *flags)
-    assert (out / "log.jsonl").read_bytes() == before
+        run(method, data, tmp_path, *first_flags, "--resume", *flags)
+    assert (tmp_path / "log.jsonl").read_bytes() == log
 
 
 def test_dense(data, tmp_path):
