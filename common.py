@@ -407,7 +407,7 @@ class Data:
                 self.rows[name], self.classes = read_tsv(path, task, self.classes)
                 self.dev[name] = text_features(self.rows[name], tokenizer, self.length)
         if len({rows[0][1] is None for rows in self.rows.values()}) == 2:
-            raise SystemExit(f"{path} has a column text2 and train.tsv has not, or the reverse: "
+            raise SystemExit(f"{path} and its train.tsv differ: one of them has no column text2: "
                              "give both the same columns")
         self.train = self.dev.pop("train")
         self.n_dev = sum(len(self.rows[name]) for name in self.dev)
@@ -442,14 +442,16 @@ class Data:
         shape = len(features), max(len(feature["input_ids"]) for feature in features)
         ids = np.full(shape, self.tokenizer.pad_token_id)
         types = np.zeros(shape, dtype=np.int64)
-        attention = np.zeros(shape, dtype=np.int64)
-        for i, feature in enumerate(features):
+        mask = np.zeros(shape, dtype=np.int64)
+        for row, feature in enumerate(features):
             n = len(feature["input_ids"])
-            ids[i, :n] = feature["input_ids"]
-            types[i, :n] = feature["token_type_ids"]
-            attention[i, :n] = 1
-        batch = dict(input_ids=ids, token_type_ids=types, attention_mask=attention)
-        batch = {key: torch.from_numpy(array) for key, array in batch.items()}
+            ids[row, :n] = feature["input_ids"]
+            types[row, :n] = feature["token_type_ids"]
+            mask[row, :n] = 1
+        batch = dict(
+            input_ids=torch.from_numpy(ids),
+            token_type_ids=torch.from_numpy(types),
+            attention_mask=torch.from_numpy(mask))
         for key in ("labels", "start_positions", "end_positions"):
             if targets and key in features[0]:
                 batch[key] = torch.tensor([feature[key] for feature in features])
@@ -490,13 +492,17 @@ class Data:
 
 # ---- BERT
 
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def load_tokenizer(name):
     """The tokenizer of a BERT: a folder, or a name on the hub."""
     try:
         config = AutoConfig.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:                  # each of its libraries raises its own
-        raise SystemExit(f"{name} cannot be loaded ({str(error).strip().splitlines()[0]}): give "
+        raise SystemExit(f"{name} cannot be loaded ({first_line(error)}): give "
                          "the folder of a BERT, or use --preset mini without a network") from None
     if config.model_type != "bert" or not 10 < len(tokenizer) <= config.vocab_size:
         raise SystemExit(f"{name} is a {config.model_type} model with a tokenizer of "
@@ -520,6 +526,20 @@ def check_teacher(name, data):
                          f"than {data.length} tokens: give one that reads what --model reads")
 
 
+@torch.no_grad()
+def order_head(model, folder, classes):
+    """Put the rows of the folder's head, (classes, hidden), in the order of the data's classes."""
+    theirs = [str(label) for _, label in sorted(model.config.id2label.items())]
+    if theirs == [f"LABEL_{i}" for i in range(len(classes))]:
+        return                                  # it does not say which row is which class
+    if sorted(theirs) != sorted(classes):
+        raise SystemExit(f"{folder} has the classes {theirs}, and the data {classes}: give "
+                         "another model, or correct or delete id2label in its config.json")
+    order = [theirs.index(label) for label in classes]
+    model.classifier.weight.copy_(model.classifier.weight[order])
+    model.classifier.bias.copy_(model.classifier.bias[order])
+
+
 def load_bert(name, data, teacher=False):
     """A BERT with the task's head. The head is new if the folder has none; a teacher must have one.
     """
@@ -537,7 +557,7 @@ def load_bert(name, data, teacher=False):
         model, info = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True,
                                            ignore_mismatched_sizes=True, **options)
     except Exception as error:
-        raise SystemExit(f"{name} has no weights that can be loaded ({error}): "
+        raise SystemExit(f"{name} has no weights that can be loaded ({first_line(error)}): "
                          "give the folder of a whole BERT") from None
     new = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     may_be_new = () if teacher else ("classifier.", "qa_outputs.", "bert.pooler.")
@@ -552,25 +572,12 @@ def load_bert(name, data, teacher=False):
         raise SystemExit(f"{name} has {unused[0]}, which transformers' BERT does not use: give a "
                          "BERT without masks or relative positions")
     if data.task != "squad":
-        name_classes(model, name, data.classes)
+        if "classifier.weight" not in new and data.classes is not NUMBER:
+            order_head(model, name, data.classes)
+        model.config.id2label = dict(enumerate(data.classes))
+        model.config.label2id = {label: i for i, label in enumerate(data.classes)}
     model.config.finetuning_task = data.task
     return model
-
-
-@torch.no_grad()
-def name_classes(model, folder, classes):
-    """Put the rows of the head, (classes, hidden), in the order of classes, and name them so."""
-    theirs = [str(label) for _, label in sorted(model.config.id2label.items())]
-    unnamed = [f"LABEL_{i}" for i in range(len(classes))]
-    if theirs != unnamed and classes is not NUMBER:
-        if sorted(theirs) != sorted(classes):
-            raise SystemExit(f"{folder} has the classes {theirs}, and the data {classes}: give "
-                             "another model, or correct or delete id2label in its config.json")
-        order = [theirs.index(label) for label in classes]
-        model.classifier.weight.copy_(model.classifier.weight[order])
-        model.classifier.bias.copy_(model.classifier.bias[order])
-    model.config.id2label = dict(enumerate(classes))
-    model.config.label2id = {label: i for i, label in enumerate(classes)}
 
 
 def prunable(model):
