@@ -5,35 +5,36 @@ at b3700cc02f, pruners/MWA.py, class MWA.
 
 Before training we assume that most weights are close to 0 and some are not. This assumption, a
 prior, is the sum of two normal densities: a thin spike at 0 and a wide slab. Training looks for the
-weights that are most probable under the data and the prior. So the spike pulls small weights to 0,
-and the slab hardly pulls on large ones. Now and then the smallest weights are set to 0.
+most probable weights, given the data and the prior. So a weight inside the spike is pulled to 0,
+and a larger one is hardly pulled. Now and then the smallest weights of all are set to 0.
 
     pi(w)    = lam p(w; s1) + (1 - lam) p(w; s0)      p(w; s): normal density at w, variance s
-    pull(w)  = -d log pi / dw = w (g / s0 + (1 - g) / s1)
     g(w)     = (1 - lam) p(w; s0) / pi(w)             the spike's share of the density at w
-    gradient = dL/dw + pull(w) / n
+    pull(w)  = -d log pi / dw = w (g / s0 + (1 - g) / s1)
+    gradient = dL/dw + pull(w) / n                    for AdamW, in place of dL/dw
     v        = v_f + (v_i - v_f) (1 - (t - t_i T) / (T - t_i T - t_f T))^3
 
-    w            a weight; W, (out, in), its matrix; N weights in all matrices together
+    w            one of the N weights in the six matrices of each encoder layer, (out, in) each
     lam          weight of the slab: 0.1 until t_i T, then linearly down to 1e-4 at T - t_f T;
                  --mix fixes it, and --mix 1 is plain L2
-    s0, s1       variances of spike and slab, --spike 1e-10 and --slab 0.05
-    n            number of terms in the mean that the loss L is: training examples (windows of text
-                 on SQuAD). In a language model, whose loss is a mean over tokens, it is the tokens
-    v            fraction that a zeroing after t of T steps leaves; v_i = 0.7 at the first (0.5 on
-                 SQuAD), or v_f if that is larger; v_f is --sparsity, the fraction KEPT
+    s0, s1       variances of spike and slab: --spike and --slab
+    n            L is the mean of n terms: training examples (windows of text on SQuAD). In a
+                 language model, whose loss is a mean over tokens, n is the number of tokens
+    v            fraction left by a zeroing after t of T steps. v_i at the first (0.7 on mini), v_f,
+                 which is --sparsity, the fraction KEPT, at the last
 
-Weights are zeroed after t_i T steps, then after each `interval`, at last after T - t_f T steps.
-A zeroed weight is not masked. It goes on learning, and may grow back before the next zeroing (a log
-line between two of them says: kept 100 %, no goal). After the last zeroing zeros stay.
+Weights are zeroed after t_i T steps, then whenever --interval divides t, for the last time after
+T - t_f T steps. A zeroed weight is not masked: the next step moves it off 0 again, but hardly one
+grows large enough to escape the next zeroing. After the last zeroing zeros stay.
 
-Unlike magnitude.py: zeros are written into the weights instead of a mask, all matrices are ranked
-together without a least share for each, the prior's pull is added to the gradient, and no gradient
-is clipped. Unlike the author's code: exactly round(v N) weights remain, embeddings are frozen. The
-author's settings changed over time; these are of Feb 2024. What the spike is worth, and what AdamW
-does to weights inside it: results/why/README.md.
+What the spike does depends on AdamW. It reaches to |w| = 5e-5, and on mini a step of AdamW is 5e-4
+long: a weight that lands inside gets one huge gradient and is thrown out again. In our runs the
+spike was worth little: results/why/README.md. Unlike magnitude.py: zeros are written into the
+weights, all matrices are ranked together without a least share for each, and no gradient is
+clipped. Unlike the author's code: exactly round(v N) weights remain, and the embeddings are frozen,
+as in the other five files. Of the author's settings, which changed, these are those of Feb 2024.
 
-    python mgpp.py --task squad --sparsity 0.1          on the small made-up data in mini/ prints
+    python mgpp.py --task squad --sparsity 0.1          without a GPU, on mini/'s made-up data, ends
     RESULT mgpp squad keeps 10.00% (prunes 90.00%) EM .. F1 .. | 1000 steps .. s seed 0 | ..
 """
 import argparse
@@ -49,6 +50,8 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
+# Between <method: ..> and </method>, in a slot, stands what this method adds. All outside the slots
+# is the frame: it is the same in all six files.
 # <method: imports>
 import math
 
@@ -65,9 +68,10 @@ import common
 # rate's warm-up, a given number of steps, so a short run never prunes. There the first step is
 # number 1 (in masked_run_glue.py it is 0, as here).
 def schedule(step, steps, v_f, t_i, t_f):
-    """v, the fraction to keep at this step (0 to steps - 1), after eq. 5 of the movement paper.
+    """v, the fraction to keep at this step (0 to steps - 1), by eq. 5 of Sanh et al..
 
-    1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps.
+    1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. (In a run of a few
+    steps the last v may be above v_f; the slot "bake" prunes to v_f in any case.)
     """
     ramp = max(1.0, (1 - t_i - t_f) * steps)            # in steps; one at least, never 0
     done = (step - t_i * steps) / ramp
@@ -77,9 +81,10 @@ def schedule(step, steps, v_f, t_i, t_f):
 
 # Official: MWA.py, lines 189-206. There the first zeroing comes after t_i T + 1 steps.
 def fraction_left(step, steps, v_f, t_i, t_f, v_i):
-    """v, the fraction that a zeroing after `step` steps leaves: 1 before t_i, from v_i on it."""
+    """v, the fraction left by a zeroing after `step` steps: 1 before t_i, then v_i and down."""
     if step < t_i * steps:
         return 1.0
+    # with a v_f of 0 schedule goes from 1 down to 0
     return v_f + (max(v_i, v_f) - v_f) * schedule(step, steps, 0.0, t_i, t_f)
 
 
@@ -92,16 +97,18 @@ def mixing_weight(step, steps, t_i, t_f):
 
 # ---- the prior
 
-# Training minimises -log(posterior) = sum of the losses of n examples - log pi(W) + a constant. L
-# is the mean of these losses, so all is divided by n, and the gradient is dL/dw + pull(w) / n.
+# Training minimises -log(posterior), taken as the sum of the losses of n examples - log pi(w) of
+# all weights + a constant. L is the mean of these losses, so all is divided by n: the gradient is
+# dL/dw + pull(w) / n.
 #
 # The share of the spike, by Bayes' rule: g = (1 - lam) p(w; s0) / pi(w). Divide above and below by
 # the numerator: g = 1 / (1 + exp(c1 + c2 w^2)), with
 #     c1 = log(lam / (1 - lam)) + log(s0 / s1) / 2      c2 = 1 / (2 s0) - 1 / (2 s1)
-# Each density pulls with w over its own variance, and g says how much of each:
+# Each density pulls with w over its own variance; the two are mixed in the shares g and 1 - g:
 #     pull = w (g / s0 + (1 - g) / s1) = w (1 / s1 + g (1 / s0 - 1 / s1))
-# With the default variances the two densities are equal near |w| = 5e-5: below it the pull is
-# w / 1e-10, above it w / 0.05.
+# With s0 = 1e-10 and s1 = 0.05 the two terms of pi are equal at |w| = 4.9e-5 for lam = 0.1, and at
+# 6.2e-5 for lam = 1e-4. Well below, the pull is w / 1e-10, hundreds of thousands; from about 9e-5
+# on it is w / 0.05.
 # Official: MWA.py, lines 128-145.
 def prior_gradient(w, lam, s0, s1):
     """pull(w) = -d log pi / dw for the prior lam N(0, s1) + (1 - lam) N(0, s0), 0 < lam <= 1.
@@ -123,7 +130,7 @@ def kth_largest(x, k):
     n = len(x)
     if x.device.type == "cpu":                          # numpy selects without a sort
         return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
-    if k > n // 2:                                      # topk stores all it finds: the shorter side
+    if k > n // 2:                                      # topk is for few: from the other end
         return x.topk(n - k + 1, largest=False, sorted=False).values.max()
     return x.topk(k, sorted=False).values.min()
 
@@ -139,7 +146,7 @@ def top_v(scores, v):
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)
     stays = flat >= threshold                           # k of them, or more where scores are equal
-    # A GPU would have to wait for that number. There, equal scores are counted off each time.
+    # On a GPU Python would have to wait for their number. There, equal scores are always counted.
     if flat.is_cuda or torch.count_nonzero(stays) > k:
         above = flat > threshold
         equal = flat == threshold
@@ -148,7 +155,7 @@ def top_v(scores, v):
     return stays.view_as(scores)
 
 
-# Official: MWA.py, lines 147-169. There all weights that tie with the last one stay.
+# Official: MWA.py, lines 147-169. There all weights as large as the smallest kept one stay.
 @torch.no_grad()
 def zero_smallest(weights, v):
     """Set the smallest |w| of all matrices together to 0: round(v N) of all N remain, 1 at least.
@@ -205,14 +212,14 @@ HYPER = {
 # </method>
 
 
-def number(kind, above=0, most=1e9):
-    """An argparse type: a number of this kind (int or float), greater than above, at most most."""
+def number(kind, low=0, high=1e9):
+    """An argparse type: a number of this kind (int or float), above low and at most high."""
     def parse(text):
         value = kind(text)
-        if not above < value <= most:
-            raise argparse.ArgumentTypeError(f"{text} must be above {above} and at most {most:g}")
+        if not low < value <= high:
+            raise argparse.ArgumentTypeError(f"{text} must be above {low} and at most {high:g}")
         return value
-    parse.__name__ = kind.__name__                      # argparse's word for a text that is none
+    parse.__name__ = kind.__name__                      # for "invalid int value: 'many'"
     return parse
 
 
@@ -224,14 +231,14 @@ def flags():
     cuda = torch.cuda.is_available()
     add("--task", default="squad", choices=common.TASKS,
         help="tsv: your own classes, from DIR/tsv/train.tsv and dev.tsv with --data DIR")
-    add("--sparsity", "--keep", type=number(float, most=1), default=0.03, metavar="V",
+    add("--sparsity", "--keep", type=number(float, high=1), default=0.03, metavar="V",
         help="fraction of the prunable weights KEPT: 0.03 keeps 3.00%% and prunes 97.00%%")
     add("--preset", choices=["mini", "paper"], default="paper" if cuda else "mini",
         help="the default is paper where CUDA is there, else mini")
     add("--model", help="a BERT: a folder, or a name on the hub")
     add("--data", help="folder of the data files")
     add("--out", help="folder of the run; default out/<script>-<task>-<V>-s<seed>")
-    add("--seed", type=number(int, above=-1), default=0, help="of new heads, batches and dropout")
+    add("--seed", type=number(int, low=-1), default=0, help="of new heads, batches and dropout")
     add("--steps", type=number(int), help="instead of the preset's steps or epochs")
     add("--batch_size", type=number(int), help="of a step, all processes together")
     add("--lr", type=number(float), help="peak learning rate of the weights")
@@ -239,9 +246,9 @@ def flags():
     add("--teacher", help="distil from the fine-tuned model in this folder")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--checkpoint_every", type=number(int), default=500,
-        help="in steps; for BERT-base a checkpoint is a file of 1.3 GB, 2.1 with scores")
+        help="in steps; for BERT-base a checkpoint is a file of 1.1 GB, 2.1 with learned scores")
     # <method: flags>
-    add("--mix", type=number(float, most=1), help="fixed weight of the slab; 1: plain L2")
+    add("--mix", type=number(float, high=1), help="fixed weight of the slab; 1: plain L2")
     add("--spike", type=number(float), help="variance of the spike")
     add("--slab", type=number(float), help="variance of the slab")
     add("--interval", type=number(int), help="steps between two zeroings")
@@ -297,13 +304,13 @@ def main(args):
         folder = vars(args)[name]
         if folder and os.path.realpath(folder) == os.path.realpath(out):
             raise SystemExit(f"--out {out} is the --{name} folder too: give another")
-    if out.is_file() or any(out.glob("*")) and not log.exists():
+    if out.is_file() or (any(out.glob("*")) and not log.exists()):
         raise SystemExit(f"--out {out} holds something other than a run: give a new folder")
     settings = vars(args) | {"script": method, "processes": world, "out": None, "resume": None}
     settings = json.loads(json.dumps(settings))         # as log.jsonl's first line will hold them
     if args.resume:
         if not log.exists() or (out / "result.json").exists():
-            raise SystemExit(f"--resume: {out} holds no unfinished run: leave --resume out")
+            raise SystemExit(f"--resume: {out} holds no unfinished run: give the --out of one")
         before = json.loads(log.read_text().partition("\n")[0])["args"]
         differ = sorted(name for name in settings if before.get(name) != settings[name])
         if differ:
@@ -327,7 +334,7 @@ def main(args):
         torch.cuda.set_device(device)
         card = torch.cuda.get_device_name(device)
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    # mini is in fp32 everywhere, so that its scores on a GPU compare with those on a laptop
+    # mini is in fp32 everywhere, so that a GPU's results compare with a laptop's
     precision = "bf16" if fast and args.preset == "paper" else "fp32"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     if rank > 0:
@@ -366,7 +373,7 @@ def main(args):
 
     # <method: setup>
     if not layers:
-        raise SystemExit("there is no layer to prune: it takes modules with a matrix `weight`")
+        raise SystemExit("`layers` is empty: nothing would be pruned")
     weights = [layer.weight for layer in layers.values()]   # W: (out, in) each, pruned in place
     groups[0] |= args.adam
     first_zeroing = math.ceil(args.t_i * args.steps)        # after so many steps
@@ -403,7 +410,7 @@ def main(args):
     if args.resume:                                     # 0: it was killed before a checkpoint
         print(f"the run goes on from step {first}")
 
-    # ---- the loop: batch, dropout and lr depend on (seed, step) alone, as a resumed run needs
+    # ---- the loop: batch, dropout and lr depend on seed and step alone, as a resumed run needs
     started = time.time() - seconds
     batches = data.batches(first, args.batch_size, args.seed)
     for step in range(first, args.steps):
@@ -417,8 +424,8 @@ def main(args):
         # what is added to the loss; goal, the fraction to be kept in the end, after the loop.
         # A v or goal of None means that there is none.
         # <method: before forward>
-        # What happens after this step is decided here, where v is due.
-        t = step + 1                                        # zeroing comes after the step
+        # Decided here, because this slot must leave v; done after the step.
+        t = step + 1                                        # steps done by then
         pruning = step < last_zeroing
         due = pruning and (t % args.interval == 0 or t in (first_zeroing, last_zeroing))
         v = fraction_left(t, args.steps, args.sparsity, args.t_i, args.t_f, args.v_i)
@@ -437,17 +444,17 @@ def main(args):
         (loss + penalty).backward()
 
         # <method: gradient>
-        # The prior's pull joins dL/dW before the optimizer: it enters AdamW's moments with the
-        # loss's gradient, and is not decoupled as weight decay is. It ends with the last zeroing.
-        # Nothing is clipped (clip is 1e30): the pull is large, and one norm would shrink the
-        # loss's gradient.
+        # The pull joins dL/dW before the optimizer: it enters AdamW's moments with the loss's
+        # gradient, and is not decoupled as weight decay is. As a term of the loss it would be the
+        # same, but for rounding in bf16. The pull ends with the last zeroing. Nothing is clipped
+        # (clip is 1e30): the pull is large, and one norm would shrink the loss's gradient with it.
         if pruning:
             lam = args.mix or mixing_weight(step, args.steps, args.t_i, args.t_f)
             for w in weights:
                 pull = prior_gradient(w.detach(), lam, args.spike, args.slab)
                 w.grad.add_(pull, alpha=1 / len(data.train))                    # 1 / n
         else:
-            remains = [w != 0 for w in weights]             # (out, in) each: zeros are final now
+            remains = [w != 0 for w in weights]             # zeros are final now
         # </method>
 
         nn.utils.clip_grad_norm_(trained, args.clip)    # one norm over all that is trained
@@ -487,8 +494,8 @@ def main(args):
             os.replace(out / "checkpoint.part", checkpoint)
 
     # <method: bake>
-    # The zeros are in the weights already. Only where T - t_f T was rounded down, the last zeroing
-    # came a little early on the cubic, and left a few weights too many: they go now.
+    # The zeros are in the weights already. Only where T - t_f T was rounded, the last zeroing may
+    # have come a little early on the cubic, and left a few weights too many: they go now.
     goal = args.sparsity
     zero_smallest(weights, goal)
     # </method>

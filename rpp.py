@@ -1,36 +1,37 @@
 """Reweighted proximal pruning (RPP) of BERT, in pre-training: a reconstruction.
 
 Paper: Guo, Liu, Mungall, Lin and Wang 2019, arXiv 1909.12486. No code of it is public, and its full
-text was not available to us. We had its abstract, the survey of Ganesh et al., and code of the same
-lab (LinLabNEU/reweighted_prune4 at 3db6f142b6). Which constants are ours stands at the presets.
+text was not available to us. We had its abstract, the survey of Ganesh et al., code of the same lab
+(LinLabNEU/reweighted_prune4 at 3db6f142b6), and what one of us remembered of the text: that is
+marked "from memory". The other constants are ours.
 
-Prune once, while a pre-trained BERT is pre-trained further on text. Every task then fine-tunes the
-weights that remain, the support.
+Pre-train a pre-trained BERT a little further on text, and prune it meanwhile. Every task then
+fine-tunes the weights that remain, the support.
 
-    minimise  f0(w) + gamma sum_i alpha_i |w_i|           f0: loss of BERT's language models
+    minimise  f0(w) + gamma sum_i alpha_i |w_i|           f0: BERT's pre-training loss, MLM + NSP
 
 A step has two halves. Adam lowers f0 and knows nothing of pruning: w becomes a. Then each weight
 is pulled towards 0, and one that would cross 0 becomes 0. That is the proximal step:
 
     w_i = sign(a_i) max(|a_i| - lr gamma alpha_i, 0)
 
-Reweighted: the steps are cut into rounds. At first each alpha_i is 1. When round k ends,
+Reweighted: pruning is cut into rounds. In the first one each alpha_i is 1. When round k ends,
 alpha_i = 1 / (|w_i|^p + eps). From then on small weights are pulled harder than large ones.
 
-    w            the weights of the six matrices of each encoder layer, (out, in) each
-    lr, gamma    pre-training's learning rate at this step; how hard all weights are pulled
-    v            fraction kept, on magnitude.py's cubic from 1 to --sparsity: gamma is solved for at
-                 each step, so that v remain. --gamma G fixes it instead, as the paper does
-    p            min(k, 5), and 1 with --gamma; eps 1e-9
-    T, recover   steps of pre-training; the last fraction, in which nothing more is pruned
+    w            the N weights in the six matrices of each encoder layer, ranked all together
+    lr           pre-training's learning rate at this step
+    gamma        how hard all weights are pulled. It is chosen at each step so that the fraction v
+                 remains (lr then cancels). --gamma G fixes it instead, as the paper does
+    v            fraction kept, on magnitude.py's cubic from 1 to --sparsity, the fraction KEPT
+    p, eps       min(k, 5), but 1 with --gamma; 1e-9
+    recover      the last fraction of pre-training, after the rounds: nothing more is pruned
 
-After the last round, and in fine-tuning, zeros stay. Most of this file is BERT's pre-training. The
-method is four short functions: prox, reweight, solve_gamma and proximal_step. Unlike magnitude.py,
-all pruning comes before fine-tuning. --nip is the paper's baseline, magnitude pruning in stairs;
---sparsity 1 is the control, which reads the text and prunes nothing. The seconds of the last line
-are those of fine-tuning. --sparsity is the fraction KEPT.
+From there on, and in fine-tuning, zeros stay. Most of this file is BERT's pre-training. The method
+is four short functions: prox, reweight, solve_gamma and proximal_step. --nip is the paper's
+baseline, magnitude pruning in stairs, whose zeros stay from the first stair on. --sparsity 1 is the
+control, which reads the text and prunes nothing. The last line's seconds are of fine-tuning alone.
 
-    python rpp.py --task squad --sparsity 0.4           on the small made-up data in mini/ prints
+    python rpp.py --task squad --sparsity 0.4           without a GPU, on mini/'s made-up data, ends
     RESULT rpp squad keeps 40.00% (prunes 60.00%) EM .. F1 .. | 1000 steps .. s seed 0 | ..
     python rpp.py --task mnli --sparsity 0.4 --support out/rpp-squad-0.4-s0      another task
 """
@@ -47,6 +48,8 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
+# Between <method: ..> and </method>, in a slot, stands what this method adds. All outside the slots
+# is the frame: it is the same in all six files.
 # <method: imports>
 import re
 import shutil
@@ -60,37 +63,40 @@ import common
 # ---- the method
 
 def largest_to_go(x, v):
-    """The limit up to which elements (>= 0) of a flat tensor go, so that round(v n) of n stay.
+    """The largest element (>= 0) of a flat tensor to remove, so that round(v n) of n are left.
 
-    One stays at least. Elements equal to the limit go too: with ties fewer stay.
+    One is left at least. Elements equal to this limit go too: with ties fewer are left.
     """
     n_go = len(x) - max(1, round(v * len(x)))
     if n_go == 0:
         return 0.0
     if x.device.type == "cpu":                          # numpy selects without a sort
         return float(np.partition(x.numpy(), n_go - 1)[n_go - 1])
-    if n_go > len(x) // 2:                              # topk stores all it finds: the shorter side
+    if n_go > len(x) // 2:                              # topk is for few: from the other end
         return float(x.topk(len(x) - n_go + 1, sorted=False).values.min())
     return float(x.topk(n_go, largest=False, sorted=False).values.max())
 
 
 # Why not add gamma sum_i alpha_i |w_i| to the loss? Adam divides each gradient by its recent size.
-# A larger gamma would make both larger, and would hardly pull harder. So Adam minimises f0 alone,
-# and the other term is minimised exactly, near the point a that Adam has reached:
+# A larger gamma would enlarge both alike, and the step would stay as it is. So Adam minimises f0
+# alone, and the other term is minimised exactly, near the point a that Adam has reached:
 #     w = argmin_x (x - a)^2 / 2 + threshold |x|,  threshold = lr gamma alpha
-# For x > 0 the slope is x - a + threshold, which is 0 at x = a - threshold. If that is not above
-# 0, and the same holds on the other side, the minimum is the kink at 0.
+# For x > 0 the slope is x - a + threshold, which is 0 at x = a - threshold, if that is above 0.
+# For x < 0 it is 0 at a + threshold, if that is below 0. Where |a| <= threshold there is neither:
+# the minimum is the kink at 0.
 def prox(a, threshold):
-    """sign(a) max(|a| - threshold, 0), for tensors of one shape: what lies within is taken away."""
+    """sign(a) max(|a| - threshold, 0): each element moves towards 0 and stops there. Same shape."""
     return a - a.clamp(-threshold, threshold)
 
 
-# With p = 1 each weight that is not 0 adds about |w| / |w| = 1 to the sum: it counts them. A
-# larger p presses small weights harder still. (With p = 5 only those above 0.016: below, eps is
-# larger than |w|^5.) A weight at 0 has alpha = 1 / eps, which hardly a step of Adam outgrows: it
-# stays there. The paper writes a superscript (t) in the denominator. Read as the number of an
-# iterate, as in the lab's other code, it means p = 1; read as a power it is the round's number.
-# The first is likelier, the second scores better on mini: results/why/README.md.
+# With p = 1 each weight that is not 0 adds |w| / |w| = 1 to sum_i alpha_i |w_i|: the sum counts
+# them. A larger p pulls small weights harder still. Can a zero come back? When a round ends, its
+# alpha becomes 1 / eps. With p = 1 no other weight is held nearly as hard, so it stays at 0. With
+# p = 5 all weights below 0.016 have about this alpha (|w|^5 < eps): among them only |w| decides,
+# and a zero can come back as long as rounds last. The paper writes |w|^(t), from memory. Read as
+# the number of an iterate, as in the lab's other code, (t) means p = 1; read as a power it is the
+# round's number. The first is likelier, but the second scores better on mini
+# (results/why/README.md), so it is the default here; --gamma takes p = 1.
 def reweight(w, p, eps):
     """alpha = 1 / (|w|^p + eps), of w's shape."""
     return 1 / (w.abs() ** p + eps)
@@ -99,8 +105,8 @@ def reweight(w, p, eps):
 def solve_gamma(weights, alphas, v, lr):
     """The gamma at which the proximal step leaves round(v N) of all N weights.
 
-    A weight goes where |a| <= lr gamma alpha, so where |a| / alpha <= lr gamma. Rounding can spare
-    one that should go. weights, alphas: one tensor (out, in) per matrix.
+    A weight goes where |a| <= lr gamma alpha, so where |a| / alpha <= lr gamma. Rounding and equal
+    quotients can shift the count by a few. weights, alphas: one tensor (out, in) per matrix.
     """
     quotients = [(a.abs() / alpha).flatten() for a, alpha in zip(weights, alphas)]
     return largest_to_go(torch.cat(quotients), v) / lr
@@ -108,10 +114,10 @@ def solve_gamma(weights, alphas, v, lr):
 
 @torch.no_grad()
 def proximal_step(weights, alphas, v, lr, gamma=None, p=None, eps=1e-9):
-    """The second half of a step, after Adam's; p: where a round ends, the exponent of new alphas.
+    """The second half of a step, after Adam's. Changes weights and alphas in place; returns gamma.
 
-    Changes weights and alphas, one tensor (out, in) per matrix, in place; returns gamma. lr must
-    not be 0. Without gamma it is solved for, so that the fraction v remains.
+    weights, alphas: one tensor (out, in) per matrix. lr must not be 0. gamma None: solved for, so
+    that the fraction v remains. p: None, or, where a round ends, the exponent of the new alphas.
     """
     if gamma is None:
         gamma = solve_gamma(weights, alphas, v, lr)
@@ -144,7 +150,7 @@ def draw_pair(documents, length, rng):
     """(token ids of text A, those of text B, 1 if B is from another document, else 0).
 
     A: some lines of a document. B: the lines after A; half of the time, and where A reaches the
-    document's end, lines of another document. Together they have at most length - 3 tokens.
+    document's end, lines of another document. Both are cut to length - 3 tokens together.
     """
     home = int(rng.integers(len(documents)))
     document = documents[home]
@@ -160,7 +166,7 @@ def draw_pair(documents, length, rng):
         second = int(rng.integers(len(document)))
     b = sum(document[second:second + length // 8], [])
     room = length - 3                                       # [CLS] A [SEP] B [SEP]
-    n_a = min(len(a), max(room - len(b), room // 2))        # the longer one is cut
+    n_a = min(len(a), max(room - len(b), room // 2))        # a half each, if both are long
     return a[len(a) - n_a:], b[:room - n_a], int(swapped)
 
 
@@ -193,7 +199,7 @@ def mlm_nsp_batch(documents, tokenizer, words, batch_size, length, rng):
 
 
 class PreTraining(nn.Module):
-    """BERT's two losses. The vocabulary head runs at the masked positions alone, one in seven."""
+    """BERT's two losses. The vocabulary head runs where a word is asked for, one in seven."""
 
     def __init__(self, model):
         super().__init__()
@@ -232,12 +238,11 @@ def accuracy(net, batches, device):
 
 # <method: hyper-parameters>
 # Fine-tuning: as in magnitude.py. Pre-training under the paper preset: rounds, lr, batch_size and
-# eps are the paper's, from memory; the rest, and the mini preset, are ours. A --steps,
-# --batch_size or --lr that is given holds in both phases, but --pretrain_steps goes before
-# --steps. Of all steps, warmup is the fraction in which lr rises. lr_end: the fraction of lr that
-# is left after the last step. recover: fraction of pre-training after the last round. p: the
-# highest exponent. length: tokens of a text. clip: the norm to which all gradients together are
-# clipped.
+# eps are the paper's, from memory; the rest, and the mini preset, are ours. --steps, --batch_size
+# and --lr hold in both phases; --pretrain_steps overrides --steps in pre-training.
+# Of all steps, warmup is the fraction in which lr rises. lr_end: the fraction of lr that is left
+# after the last step. recover: the last fraction of pre-training, after the rounds. p: the highest
+# exponent. length: tokens of a text. clip: the norm to which all gradients are clipped together.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
@@ -280,14 +285,14 @@ HYPER = {
 # </method>
 
 
-def number(kind, above=0, most=1e9):
-    """An argparse type: a number of this kind (int or float), greater than above, at most most."""
+def number(kind, low=0, high=1e9):
+    """An argparse type: a number of this kind (int or float), above low and at most high."""
     def parse(text):
         value = kind(text)
-        if not above < value <= most:
-            raise argparse.ArgumentTypeError(f"{text} must be above {above} and at most {most:g}")
+        if not low < value <= high:
+            raise argparse.ArgumentTypeError(f"{text} must be above {low} and at most {high:g}")
         return value
-    parse.__name__ = kind.__name__                      # argparse's word for a text that is none
+    parse.__name__ = kind.__name__                      # for "invalid int value: 'many'"
     return parse
 
 
@@ -299,14 +304,14 @@ def flags():
     cuda = torch.cuda.is_available()
     add("--task", default="squad", choices=common.TASKS,
         help="tsv: your own classes, from DIR/tsv/train.tsv and dev.tsv with --data DIR")
-    add("--sparsity", "--keep", type=number(float, most=1), default=0.03, metavar="V",
+    add("--sparsity", "--keep", type=number(float, high=1), default=0.03, metavar="V",
         help="fraction of the prunable weights KEPT: 0.03 keeps 3.00%% and prunes 97.00%%")
     add("--preset", choices=["mini", "paper"], default="paper" if cuda else "mini",
         help="the default is paper where CUDA is there, else mini")
     add("--model", help="a BERT: a folder, or a name on the hub")
     add("--data", help="folder of the data files")
     add("--out", help="folder of the run; default out/<script>-<task>-<V>-s<seed>")
-    add("--seed", type=number(int, above=-1), default=0, help="of new heads, batches and dropout")
+    add("--seed", type=number(int, low=-1), default=0, help="of new heads, batches and dropout")
     add("--steps", type=number(int), help="instead of the preset's steps or epochs")
     add("--batch_size", type=number(int), help="of a step, all processes together")
     add("--lr", type=number(float), help="peak learning rate of the weights")
@@ -314,13 +319,13 @@ def flags():
     add("--teacher", help="distil from the fine-tuned model in this folder")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--checkpoint_every", type=number(int), default=500,
-        help="in steps; for BERT-base a checkpoint is a file of 1.3 GB, 2.1 with scores")
+        help="in steps; for BERT-base a checkpoint is a file of 1.1 GB, 2.1 with learned scores")
     # <method: flags>
     add("--corpus", help="text to pre-train on, a blank line between documents")
     add("--pretrain_steps", type=number(int),
-        help="steps of pre-training; --steps then leaves them alone")
+        help="steps of pre-training; without it --steps, or the preset's")
     add("--gamma", type=number(float),
-        help="the paper's open loop: gamma decides what is kept, not --sparsity")
+        help="fix gamma, as the paper does: it decides what is kept, not --sparsity")
     add("--rounds", type=number(int), help="alpha is reweighted after each")
     add("--nip", action="store_true", help="the paper's baseline: magnitude pruning in stairs")
     add("--support", help="no pre-training: start from the pruned model in this folder")
@@ -376,13 +381,13 @@ def main(args):
         folder = vars(args)[name]
         if folder and os.path.realpath(folder) == os.path.realpath(out):
             raise SystemExit(f"--out {out} is the --{name} folder too: give another")
-    if out.is_file() or any(out.glob("*")) and not log.exists():
+    if out.is_file() or (any(out.glob("*")) and not log.exists()):
         raise SystemExit(f"--out {out} holds something other than a run: give a new folder")
     settings = vars(args) | {"script": method, "processes": world, "out": None, "resume": None}
     settings = json.loads(json.dumps(settings))         # as log.jsonl's first line will hold them
     if args.resume:
         if not log.exists() or (out / "result.json").exists():
-            raise SystemExit(f"--resume: {out} holds no unfinished run: leave --resume out")
+            raise SystemExit(f"--resume: {out} holds no unfinished run: give the --out of one")
         before = json.loads(log.read_text().partition("\n")[0])["args"]
         differ = sorted(name for name in settings if before.get(name) != settings[name])
         if differ:
@@ -394,7 +399,7 @@ def main(args):
     if inputs & {os.path.realpath(out), os.path.realpath(support)}:
         raise SystemExit(f"--out {out} holds the --support or --model folder: give another")
     pretrains = args.support is None
-    pretrained = pretrains and args.resume and support.exists()         # before it was killed
+    support_done = pretrains and args.resume and support.exists()       # by the killed run
     if pretrains and args.corpus is None:
         raise SystemExit("pre-training needs a text: give --corpus FILE, or --preset mini")
     # </method>
@@ -412,7 +417,7 @@ def main(args):
         torch.cuda.set_device(device)
         card = torch.cuda.get_device_name(device)
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    # mini is in fp32 everywhere, so that its scores on a GPU compare with those on a laptop
+    # mini is in fp32 everywhere, so that a GPU's results compare with a laptop's
     precision = "bf16" if fast and args.preset == "paper" else "fp32"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     if rank > 0:
@@ -450,12 +455,12 @@ def main(args):
     state = {}                                          # what the method keeps in a checkpoint
 
     # <method: setup>
-    if pretrains and not pretrained:
+    if pretrains and not support_done:
         documents = read_corpus(Path(args.corpus), tokenizer)
         every = min(20, len(documents) // 2)                # one document in 20 is held out
         held_out = documents[::every]
         documents = [text for i, text in enumerate(documents) if i % every]
-    found = None                                            # the pruned BERT
+    found = None                                            # the BERT that is pruned, or was
     lacking = []
     if args.support:
         folder = Path(args.support)
@@ -472,7 +477,7 @@ def main(args):
         for bert in (found.bert, model.bert):
             shapes.append([p.shape for key, p in bert.named_parameters() if "pooler" not in key])
         if shapes[0] != shapes[1] or any(key.startswith("bert.e") for key in lacking):
-            raise SystemExit(f"--support {folder} has not the shape of --model {args.model}, or "
+            raise SystemExit(f"--support {folder} does not fit --model {args.model}, or "
                              "lacks weights: give one that was pruned from the same BERT")
     # </method>
 
@@ -494,12 +499,12 @@ def main(args):
         phase[key] = given.get(key, phase[key])
     if pretrains and args.pretrain_steps is None:
         args.pretrain_steps = phase["steps"]
-    if pretrained:
+    if support_done:
         found = BertForPreTraining.from_pretrained(support)
     elif pretrains:
         steps = args.pretrain_steps
         rounds_end = max(1, round((1 - phase["recover"]) * steps))   # steps until rounds end
-        stairs = max(1, round((1 - args.sparsity) / 0.1))   # of --nip: 10 % each, from memory
+        stairs = max(1, round((1 - args.sparsity) / 0.1))   # of --nip: about 10 % each, from memory
         length = min(phase["length"], tokenizer.model_max_length)
         words = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
         n_held = min(512, len(held_out))                    # pairs
@@ -542,33 +547,33 @@ def main(args):
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(found.parameters(), args.clip)
+            # where this step stands: v, and p if a round ends with it
+            done = step + 1
+            progress = min(1.0, done / rounds_end)
+            left = (1 - progress) ** 3                      # the cubic of magnitude.py
+            stairs_down = int(progress * stairs)
+            if args.nip:                                    # even stairs
+                left = 1 - stairs_down / stairs
+            v = args.sparsity + (1 - args.sparsity) * left
+            k = done * args.rounds // rounds_end            # rounds that have ended by then
+            p = None
+            if k > step * args.rounds // rounds_end:        # one of them with this step
+                p = 1 if args.gamma else min(k, phase["p"])
+            gamma = 0.0
             holds = args.nip or step >= rounds_end          # zeros stay
             if holds:
                 remains = [w != 0 for w in weights]         # (out, in) each
             optimizer.step()                                # the first half: w becomes a
-
-            done = step + 1
-            progress = min(1.0, done / rounds_end)
-            left = (1 - progress) ** 3                      # the cubic of magnitude.py
-            height = int(progress * stairs)
-            if args.nip:                                    # even stairs
-                left = 1 - height / stairs
-            v = args.sparsity + (1 - args.sparsity) * left
-            gamma = 0.0
+            if not holds:                                   # the second half, while rounds last
+                gamma = proximal_step(weights, alphas, v, lr, args.gamma, p, phase["eps"])
             with torch.no_grad():
-                if holds:
+                if holds:                                   # Adam's moments would move them
                     for w, stays in zip(weights, remains):
                         w.masked_fill_(~stays, 0.0)
-                if args.nip and height > int(step / rounds_end * stairs):   # one stair down
+                if args.nip and stairs_down > int(step / rounds_end * stairs):
                     limit = largest_to_go(torch.cat([w.abs().flatten() for w in weights]), v)
                     for w in weights:
                         w.masked_fill_(w.abs() <= limit, 0.0)
-            if not holds:                                   # the second half, while rounds last
-                k = done * args.rounds // rounds_end        # rounds that have ended
-                p = None
-                if k > step * args.rounds // rounds_end:    # one of them just now
-                    p = 1 if args.gamma else min(k, phase["p"])
-                gamma = proximal_step(weights, alphas, v, lr, args.gamma, p, phase["eps"])
 
             if rank == 0 and (done % 50 == 0 or done == steps):
                 kept = common.count_kept(found)[1]
@@ -600,7 +605,7 @@ def main(args):
 
     # ---- fine-tuning on the support: encoder, embeddings and pooler, not the heads
     parts = found.state_dict()
-    for key in lacking:                                     # the task's model has better, or none
+    for key in lacking:                                     # the support has none: keep its own
         parts.pop(key)
     model.load_state_dict(parts, strict=False)
     del found, parts
@@ -630,7 +635,7 @@ def main(args):
     if args.resume:                                     # 0: it was killed before a checkpoint
         print(f"the run goes on from step {first}")
 
-    # ---- the loop: batch, dropout and lr depend on (seed, step) alone, as a resumed run needs
+    # ---- the loop: batch, dropout and lr depend on seed and step alone, as a resumed run needs
     started = time.time() - seconds
     batches = data.batches(first, args.batch_size, args.seed)
     for step in range(first, args.steps):

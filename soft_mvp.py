@@ -28,7 +28,7 @@ tau. `--penalty LAMBDA` runs the official code's way: tau = 0.1 r, lambda = LAMB
 --sparsity sets no goal. (On SQuAD a LAMBDA of 500 kept 13.9 %, and 1400 kept 2.6 %: the paper's
 runs.) The paper's text differs from its code: M = (S > tau), tau and lambda constant, R a sum.
 
-    python soft_mvp.py --task squad --sparsity 0.03     on the small made-up data in mini/ prints
+    python soft_mvp.py --task squad --sparsity 0.03     without a GPU, on mini/'s made-up data, ends
     RESULT soft_mvp squad keeps 3.00% (prunes 97.00%) EM .. F1 .. | 1000 steps .. s seed 0 | ..
 """
 import argparse
@@ -44,6 +44,8 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
+# Between <method: ..> and </method>, in a slot, stands what this method adds. All outside the slots
+# is the frame: it is the same in all six files.
 # <method: imports>
 from torch.nn.utils import parametrize
 
@@ -60,9 +62,10 @@ import common
 # rate's warm-up, a given number of steps, so a short run never prunes. There the first step is
 # number 1 (in masked_run_glue.py it is 0, as here).
 def schedule(step, steps, v_f, t_i, t_f):
-    """v, the fraction to keep at this step (0 to steps - 1), after eq. 5 of the movement paper.
+    """v, the fraction to keep at this step (0 to steps - 1), by eq. 5 of Sanh et al..
 
-    1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps.
+    1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. (In a run of a few
+    steps the last v may be above v_f; the slot "bake" prunes to v_f in any case.)
     """
     ramp = max(1.0, (1 - t_i - t_f) * steps)            # in steps; one at least, never 0
     done = (step - t_i * steps) / ramp
@@ -75,7 +78,7 @@ def kth_largest(x, k):
     n = len(x)
     if x.device.type == "cpu":                          # numpy selects without a sort
         return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
-    if k > n // 2:                                      # topk stores all it finds: the shorter side
+    if k > n // 2:                                      # topk is for few: from the other end
         return x.topk(n - k + 1, largest=False, sorted=False).values.max()
     return x.topk(k, sorted=False).values.min()
 
@@ -91,7 +94,7 @@ def top_v(scores, v):
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)
     stays = flat >= threshold                           # k of them, or more where scores are equal
-    # A GPU would have to wait for that number. There, equal scores are counted off each time.
+    # On a GPU Python would have to wait for their number. There, equal scores are always counted.
     if flat.is_cuda or torch.count_nonzero(stays) > k:
         above = flat > threshold
         equal = flat == threshold
@@ -100,22 +103,22 @@ def top_v(scores, v):
     return stays.view_as(scores)
 
 
-# Ranked together, all matrices compete, and one could lose all its weights: nothing would get
-# through that layer any more. So each keeps at least its best 0.5 %, or v, if v is smaller.
-# Official: binarizer.py, lines 53-61 (for soft movement).
+# With --scope global all matrices compete. One could lose all its weights, and nothing would get
+# through it any more. So each keeps at least its best 0.5 %, or v, if v is smaller.
+# Official: binarizer.py, line 53.
 def least_share(n):
     """The least fraction that a matrix of n weights keeps under one ranking, about 0.5 %."""
     return (int(0.005 * n) + 1) / n
 
 
 # Official, for one ranking: masked_run_squad.py, lines 256-270. There the ranking is made anew
-# every 25 steps, int(v N) + 1 scores pass, and the least shares come on top.
+# every 25 steps, int(v N) + 1 scores pass, and the least shares are kept in addition.
 @torch.no_grad()
 def update_masks(masked, scores, v, scope="local"):
-    """Write M = Top_v(scores) into the mask of each module in `masked`.
+    """Write M = Top_v(scores) into the mask of each Masked module in `masked`.
 
     scores: one tensor (out, in) per matrix. local: a matrix of n weights keeps round(v n) of them.
-    global: all N weights are ranked together, round(v N) are kept, and no matrix is emptied.
+    global: all N weights are ranked together, round(v N) are kept, a least share in each matrix.
     """
     if v == 1:                                          # nothing is ranked before pruning begins
         masks = [torch.ones_like(s) for s in scores]
@@ -124,9 +127,10 @@ def update_masks(masked, scores, v, scope="local"):
     else:
         sizes = [s.numel() for s in scores]
         ranked = torch.cat([s.flatten() for s in scores])               # (N,)
-        # The best of each matrix rise to infinity, and so rank before all others. With v at 0.5 %
-        # or below they can be a few more than round(v N) (in mini 3936, not 3932). As they are
-        # equal, top_v keeps the first: the last matrix loses a few, from its last row upwards.
+        # In this copy the best of each matrix are raised to infinity: they rank before all others.
+        # With v at 0.5 % or below these can be more than round(v N) (in mini 3936, not 3932).
+        # Being equal, the first of them stay: the last matrix loses a few, from its last row
+        # upwards.
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)
@@ -252,14 +256,14 @@ HYPER = {
 # </method>
 
 
-def number(kind, above=0, most=1e9):
-    """An argparse type: a number of this kind (int or float), greater than above, at most most."""
+def number(kind, low=0, high=1e9):
+    """An argparse type: a number of this kind (int or float), above low and at most high."""
     def parse(text):
         value = kind(text)
-        if not above < value <= most:
-            raise argparse.ArgumentTypeError(f"{text} must be above {above} and at most {most:g}")
+        if not low < value <= high:
+            raise argparse.ArgumentTypeError(f"{text} must be above {low} and at most {high:g}")
         return value
-    parse.__name__ = kind.__name__                      # argparse's word for a text that is none
+    parse.__name__ = kind.__name__                      # for "invalid int value: 'many'"
     return parse
 
 
@@ -271,14 +275,14 @@ def flags():
     cuda = torch.cuda.is_available()
     add("--task", default="squad", choices=common.TASKS,
         help="tsv: your own classes, from DIR/tsv/train.tsv and dev.tsv with --data DIR")
-    add("--sparsity", "--keep", type=number(float, most=1), default=0.03, metavar="V",
+    add("--sparsity", "--keep", type=number(float, high=1), default=0.03, metavar="V",
         help="fraction of the prunable weights KEPT: 0.03 keeps 3.00%% and prunes 97.00%%")
     add("--preset", choices=["mini", "paper"], default="paper" if cuda else "mini",
         help="the default is paper where CUDA is there, else mini")
     add("--model", help="a BERT: a folder, or a name on the hub")
     add("--data", help="folder of the data files")
     add("--out", help="folder of the run; default out/<script>-<task>-<V>-s<seed>")
-    add("--seed", type=number(int, above=-1), default=0, help="of new heads, batches and dropout")
+    add("--seed", type=number(int, low=-1), default=0, help="of new heads, batches and dropout")
     add("--steps", type=number(int), help="instead of the preset's steps or epochs")
     add("--batch_size", type=number(int), help="of a step, all processes together")
     add("--lr", type=number(float), help="peak learning rate of the weights")
@@ -286,7 +290,7 @@ def flags():
     add("--teacher", help="distil from the fine-tuned model in this folder")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--checkpoint_every", type=number(int), default=500,
-        help="in steps; for BERT-base a checkpoint is a file of 1.3 GB, 2.1 with scores")
+        help="in steps; for BERT-base a checkpoint is a file of 1.1 GB, 2.1 with learned scores")
     # <method: flags>
     add("--score_lr", type=number(float), help="peak learning rate of the scores")
     add("--scope", default="global", choices=["local", "global"],
@@ -345,13 +349,13 @@ def main(args):
         folder = vars(args)[name]
         if folder and os.path.realpath(folder) == os.path.realpath(out):
             raise SystemExit(f"--out {out} is the --{name} folder too: give another")
-    if out.is_file() or any(out.glob("*")) and not log.exists():
+    if out.is_file() or (any(out.glob("*")) and not log.exists()):
         raise SystemExit(f"--out {out} holds something other than a run: give a new folder")
     settings = vars(args) | {"script": method, "processes": world, "out": None, "resume": None}
     settings = json.loads(json.dumps(settings))         # as log.jsonl's first line will hold them
     if args.resume:
         if not log.exists() or (out / "result.json").exists():
-            raise SystemExit(f"--resume: {out} holds no unfinished run: leave --resume out")
+            raise SystemExit(f"--resume: {out} holds no unfinished run: give the --out of one")
         before = json.loads(log.read_text().partition("\n")[0])["args"]
         differ = sorted(name for name in settings if before.get(name) != settings[name])
         if differ:
@@ -375,7 +379,7 @@ def main(args):
         torch.cuda.set_device(device)
         card = torch.cuda.get_device_name(device)
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    # mini is in fp32 everywhere, so that its scores on a GPU compare with those on a laptop
+    # mini is in fp32 everywhere, so that a GPU's results compare with a laptop's
     precision = "bf16" if fast and args.preset == "paper" else "fp32"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     if rank > 0:
@@ -414,14 +418,14 @@ def main(args):
 
     # <method: setup>
     if not layers:
-        raise SystemExit("there is no layer to prune: it takes modules with a matrix `weight`")
+        raise SystemExit("`layers` is empty: nothing would be pruned")
     # From here on each read of layer.weight calls Masked.forward: the layer computes with W * M.
-    # This comes before the optimizer and DDP, which must find the parameters as they will stay.
+    # `groups` holds W already and gets the scores below, so each stands in one group.
     masked = [Masked(layer.weight) for layer in layers.values()]
     for layer, m in zip(layers.values(), masked):
         parametrize.register_parametrization(layer, "weight", m)
-    # A score must overtake others within the run, a weight need not: scores learn much faster.
-    # No weight decay: it would pull all scores to 0, and so mix up what they tell.
+    # Here --score_lr counts: it decides how soon the penalty fades, as sigmoid(S) nears 0, and
+    # with --penalty how soon scores fall below tau. No weight decay, as in mvp.py.
     groups.append({"params": [m.scores for m in masked],
                    "lr": args.score_lr, "initial_lr": args.score_lr, "weight_decay": 0.0})
     # </method>
@@ -456,7 +460,7 @@ def main(args):
     if args.resume:                                     # 0: it was killed before a checkpoint
         print(f"the run goes on from step {first}")
 
-    # ---- the loop: batch, dropout and lr depend on (seed, step) alone, as a resumed run needs
+    # ---- the loop: batch, dropout and lr depend on seed and step alone, as a resumed run needs
     started = time.time() - seconds
     batches = data.batches(first, args.batch_size, args.seed)
     for step in range(first, args.steps):
@@ -528,8 +532,8 @@ def main(args):
             os.replace(out / "checkpoint.part", checkpoint)
 
     # <method: bake>
-    # The last step has moved the scores, so they are ranked once more. Then W * M becomes the
-    # plain weight of a plain nn.Linear: only now is the model pruned for whoever opens it.
+    # The last step has moved the scores, so they are ranked once more, at v_f. Then W * M becomes
+    # the plain weight of a plain nn.Linear: only now is the model pruned for whoever opens it.
     goal = args.sparsity
     scores = [m.scores for m in masked]
     if args.penalty is None:

@@ -106,7 +106,7 @@ def test_support_of_another_shape(data, tmp_path, changes):
         weights = {name: x for name, x in weights.items() if "encoder" not in name}
     model.save_pretrained(tmp_path / "support", state_dict=weights)
     sentence = fails("rpp", data, tmp_path / "out", "--support", tmp_path / "support")
-    assert "has not the shape" in sentence
+    assert "does not fit --model" in sentence
 
 
 def test_advice_on_the_complement(data, tmp_path, capsys):
