@@ -131,7 +131,7 @@ def schedule(step, steps, v_f, t_i, t_f):
     return v_f + (1 - v_f) * (1 - done) ** 3
 
 
-def floor(n):
+def least_share(n):
     """The least fraction that global ranking keeps of a matrix of n weights, about 0.5 %."""
     return (int(0.005 * n) + 1) / n
 
@@ -142,7 +142,7 @@ def update_masks(masked, scores, v):
     sizes = [s.numel() for s in scores]
     row = torch.cat([s.flatten() for s in scores])                      # (N,)
     for part in row.split(sizes):                                       # a view of the row
-        part[top_v(part, min(v, floor(len(part))))] = torch.inf         # ranks before all others
+        part[top_v(part, min(v, least_share(len(part))))] = torch.inf
     for m, mask in zip(masked, top_v(row, v).split(sizes)):
         m.mask.copy_(mask.view_as(m.mask))
 
@@ -323,6 +323,9 @@ def main(args):
     print("floor: the most frequent target:", show(score(frequent, golds)))
     layers = prunable(model)
     groups = [{"params": list(model.parameters()), "lr": args.lr}]
+    # mgpp.py divides the prior by n, the number of terms in the mean that the loss is over the
+    # training data. Here the loss is a mean over the tokens of the targets, not over examples.
+    n = sum(len(row["labels"]) for row in data.train)
 
     if args.method == "mgpp":
         # ---- copied from mgpp.py: <method: setup>
@@ -380,7 +383,7 @@ def main(args):
             if pruning:
                 for w in weights:
                     prior = prior_gradient(w.detach(), lam, args.spike, args.slab)
-                    w.grad.add_(prior, alpha=1 / len(data.train))
+                    w.grad.add_(prior, alpha=1 / n)
         else:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
