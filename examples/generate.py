@@ -1,23 +1,26 @@
-"""Two pruning methods, copied into another project: text generation with torch and transformers.
+"""Two pruning methods, copied into another project: a model that learns to write text.
 
-MGPP (mgpp.py) and soft movement pruning (soft_mvp.py) prune an encoder-decoder while it learns to
-generate. Nothing is imported from the scripts: each banner names the script and the slot that the
-lines below it were copied from. All else is an ordinary training loop. tests/test_examples.py holds
-the copies equal to the scripts.
+An encoder-decoder reads a source text and learns to write a target text. While it learns, MGPP
+(mgpp.py) or soft movement pruning (soft_mvp.py) prunes it. Nothing is imported from those scripts:
+the lines under a banner "copied from" are theirs, and the banner names the script and the slot.
+All other lines are an ordinary training loop. Read main() to see where each slot goes in yours.
 
-Pruned     every nn.Linear in the layers of encoder and decoder; not the embeddings, not the LM head
-Data       DIR/{train,dev}.tsv with the columns source and target. By default an answer and a text
-           are the source, and the question is the target (mini/make.py)
-Model      a folder or hub name of an encoder-decoder; or of a BERT, which then starts both halves,
-           while the decoder's attention to the encoder starts from random weights
-Scores     exact match and ROUGE-1, -2 and -L (F1) over words in lower case, without stemming
+Pruned  every nn.Linear in the layers of encoder and decoder; neither the embeddings nor the layer
+        that chooses the next word
+Model   an encoder-decoder: a folder, or a name on the hub. A BERT will do too: encoder and decoder
+        both start from it, and the decoder's attention to the encoder starts from random weights
+Data    DIR/train.tsv and DIR/dev.tsv, tabs between columns, no quoting, with the columns source and
+        target. By default mini/generate: an answer and a text make the source, and the question
+        that they answer is the target
+Scores  the share of texts that are exactly right (EM), and ROUGE-1, -2 and -L: F1 over words, over
+        pairs of words, and over the longest common subsequence, in lower case, without stemming
 
-Run
-    python examples/generate.py --method mgpp --sparsity 0.1          five minutes on a CPU
-    python examples/generate.py --method dense
+    python examples/generate.py --method mgpp --sparsity 0.1          keeps 10 %; minutes on a CPU
+    python examples/generate.py --method dense                        nothing is pruned
     python examples/generate.py --model t5-small --data DIR --beams 4 --max_new_tokens 60
-The last line: RESULT mgpp generate keeps 10.00% (prunes 90.00%) EM .. ROUGE-1 .. ROUGE-2 ..
-ROUGE-L .. | steps, seconds, seed | folder.
+Last line:
+RESULT mgpp generate keeps 10.00% (prunes 90.00%) EM 20.0 ROUGE-1 72.7 ROUGE-2 59.4 ROUGE-L 72.7 |
+1000 steps 720 s seed 0 | out/generate-mgpp-0.1-s0
 """
 import argparse
 import collections
@@ -46,7 +49,7 @@ from transformers import (
 
 MINI = Path(__file__).resolve().parent.parent / "mini"
 
-# ---- copied from mgpp.py and soft_mvp.py: the mini preset. For a real model take PAPER's values
+# ---- the values of the mini preset in mgpp.py and soft_mvp.py; for a real model take PAPER's
 HYPER = dict(
     t_i=0.05,
     t_f=0.3,
@@ -61,7 +64,7 @@ HYPER = dict(
 )
 
 
-# ---- copied from mgpp.py: <method: definitions>, without lr_factor and task_loss
+# ---- copied from mgpp.py: <method: definitions>
 
 def progress(step, steps, t_i, t_f):
     """How far pruning has come: below 0 before t_i, 1 from the last zeroing on."""
@@ -260,7 +263,7 @@ def load(name):
 
 
 def prunable(model):
-    """{name: Linear} of the layers: their names hold a number."""
+    """{name: Linear} of the layers of encoder and decoder, whose names hold the layer's number."""
     layers = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and re.search(r"\.\d+\.", name):
@@ -278,18 +281,18 @@ def flags():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--method", default="mgpp", choices=["dense", "mgpp", "soft_mvp"])
+    add("--method", default="mgpp", choices=["dense", "mgpp", "soft_mvp"], help="dense: no pruning")
     add("--sparsity", type=float, default=0.1, metavar="V", help="fraction of the weights KEPT")
-    add("--model", default=str(MINI / "bert"))
-    add("--data", type=Path, default=MINI / "generate")
-    add("--out", type=Path)
-    add("--steps", type=int, default=1000)
-    add("--batch_size", type=int, default=32)
-    add("--lr", type=float, default=5e-4)
-    add("--beams", type=int, default=1)         # 1: greedy
-    add("--max_new_tokens", type=int, default=32)
-    add("--seed", type=int, default=0)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--model", default=str(MINI / "bert"), help="a folder, or a name on the hub")
+    add("--data", type=Path, default=MINI / "generate", help="folder of train.tsv and dev.tsv")
+    add("--out", type=Path, help="folder for the pruned model; default out/generate-METHOD-V-sSEED")
+    add("--steps", type=int, default=1000, help="optimizer steps")
+    add("--batch_size", type=int, default=32, help="examples in a step")
+    add("--lr", type=float, default=5e-4, help="peak learning rate of the weights")
+    add("--beams", type=int, default=1, help="width of the beam search; 1 is greedy")
+    add("--max_new_tokens", type=int, default=32, help="longest text that it may write")
+    add("--seed", type=int, default=0, help="of new weights, batches and dropout")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.set_defaults(**HYPER)
     return parser
 

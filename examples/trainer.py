@@ -165,13 +165,18 @@ class SoftMovement:
 # ---- when a Trainer calls it
 
 class PruningCallback(TrainerCallback):
-    """A Trainer calls on_step_begin once per optimizer step, however many micro-batches it has."""
+    """Sets the masks at the beginning of each optimizer step, and bakes at the end of training.
+
+    It bakes whatever weights are there then. With early stopping or load_best_model_at_end they may
+    be of a step at which much more was kept, and all the rest would be pruned in one blow.
+    """
 
     def __init__(self, method):
         self.method = method
 
     def on_step_begin(self, args, state, control, **others):
-        # A resumed run begins here too: masks are in no checkpoint, they follow from the scores.
+        # Once per optimizer step, however many micro-batches it has. A resumed run begins here too:
+        # no checkpoint holds masks, they follow from the scores.
         self.method.before_forward(state.global_step, state.max_steps)
 
     def on_train_end(self, args, state, control, **others):
@@ -182,12 +187,17 @@ class PruningTrainer(Trainer):
     """A Trainer that adds the penalty, and gives the scores a learning rate of their own."""
 
     def __init__(self, *args, method, score_lr=1e-2, **others):
-        super().__init__(*args, callbacks=[PruningCallback(method)], **others)
+        super().__init__(*args, **others)
+        self.add_callback(PruningCallback(method))
         self.method = method
         self.score_lr = score_lr
+        # To accumulate gradients a Trainer divides the loss by the number of micro-batches, unless
+        # the model seems to do so. BERT seems to and does not: its loss would be 4 times too large
+        # with 4 micro-batches, beside a penalty that is right.
+        self.model_accepts_loss_kwargs = False
 
     def create_optimizer(self, model=None):
-        # The Trainer's own optimizer takes all that requires a gradient. For a moment scores do not.
+        # The Trainer's optimizer takes all that requires a gradient. For a moment scores do not.
         scores = self.method.scores()
         for s in scores:
             s.requires_grad_(False)
@@ -210,10 +220,13 @@ class PruningTrainer(Trainer):
 # ---- data and model
 
 def read_tsv(path, columns):
-    """[[text, label] or [text, second text, label]] of a file whose first line names the columns."""
-    with open(path, encoding="utf-8", newline="") as file:
+    """[[text, label]] or [[text, second text, label]]; the file's first line names its columns."""
+    rows = []
+    with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        rows = []
+        header = reader.fieldnames or []
+        if not set(columns) <= set(header):
+            raise SystemExit(f"{path} has the columns {header}: name text and label by --columns")
         for row in reader:
             if None in row or None in row.values():
                 raise SystemExit(f"{path}, line {reader.line_num}: more or fewer cells than names")
@@ -255,11 +268,12 @@ def flags():
     add("--columns", nargs="+", default=["question1", "question2", "is_duplicate"],
         help="names in the header: the text or two texts, then the label")
     add("--out", type=Path, help="folder for the pruned model; default out/trainer-V-sSEED")
-    add("--steps", type=int, default=3000, help="optimizer steps")
+    add("--steps", type=int, default=1000, help="optimizer steps")
     add("--batch_size", type=int, default=32, help="of one micro-batch")
     add("--accumulate", type=int, default=1, help="micro-batches in an optimizer step")
     add("--lr", type=float, default=5e-4, help="peak learning rate of the weights")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of a new head, batches and dropout")
+    add("--checkpoint_every", type=int, default=500, help="optimizer steps; each is evaluated too")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     return parser
 
@@ -277,6 +291,8 @@ def main(args):
     train = read_tsv(args.data / "train.tsv", args.columns)
     dev = read_tsv(args.data / "dev.tsv", args.columns)
     classes = sorted({label for *_, label in train})
+    if len(classes) < 2:
+        raise SystemExit(f"{args.data}/train.tsv has one class alone, {classes}")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForSequenceClassification.from_pretrained(
         args.model,
@@ -284,9 +300,6 @@ def main(args):
         label2id={label: i for i, label in enumerate(classes)},
         dtype=torch.float32,                    # else the folder's own, which may be half precision
     )
-    # To accumulate, a Trainer divides the loss by the number of micro-batches, unless the model
-    # seems to do so itself. BERT's forward seems to and does not: the loss would be too large.
-    model.accepts_loss_kwargs = False
 
     # ---- train
     method = SoftMovement(args.sparsity)
@@ -299,8 +312,8 @@ def main(args):
         learning_rate=args.lr,
         warmup_steps=0.05,                      # a fraction of the steps
         eval_strategy="steps",
-        eval_steps=500,
-        save_steps=500,
+        eval_steps=args.checkpoint_every,
+        save_steps=args.checkpoint_every,
         save_total_limit=1,
         logging_steps=100,
         report_to="none",
@@ -324,10 +337,13 @@ def main(args):
     trainer.save_model()                        # into --out; on_train_end has made plain layers
 
     # ---- what is counted and evaluated is what the folder holds
+    trainer.accelerator.wait_for_everyone()     # with several processes one of them saves
     model = AutoModelForSequenceClassification.from_pretrained(out)
     kept = share_kept(prunable(model))
     metrics = Trainer(model, **common).evaluate()
     seconds = time.time() - started
+    if not trainer.is_world_process_zero():
+        return
     print(f"RESULT trainer keeps {kept:.2%} (prunes {1 - kept:.2%}) "
           f"accuracy {metrics['eval_accuracy']:.1f} | {args.steps} steps {seconds:.0f} s "
           f"seed {args.seed} | {out}")

@@ -1,4 +1,4 @@
-"""examples/generate.py: its copies, its scores, a short run; and whether a method can be copied."""
+"""The examples: their copies, their scores, short runs; and whether a method can be copied."""
 import argparse
 import ast
 import importlib
@@ -17,11 +17,17 @@ import torch
 from conftest import METHODS, ROOT, start
 from test_frame import SILENT, SLOT
 from torch import nn
-from transformers import EncoderDecoderModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    EncoderDecoderModel,
+    TrainingArguments,
+)
 
-EXAMPLE = ROOT / "examples" / "generate.py"
+EXAMPLES = ROOT / "examples"
 BANNER = re.compile(r"(?m)^ *# ---- (?:copied from (\w+)\.py: <method: ([^>]*)>)?.*$")
-# What the example leaves out: soft_mvp.py's open loop, which needs --penalty, and mgpp.py's log.
+# What generate.py leaves out: soft_mvp.py's open loop, which needs --penalty, and mgpp.py's log.
+# What it changes: its n, the number of terms in the mean that the loss is.
 LEFT_OUT = [
     ("args.sparsity < 1 or args.penalty", "args.sparsity < 1"),
     ("if args.penalty: update_masks_open(masked, scores, 0.1 * ramp) v = None elif", "if"),
@@ -30,11 +36,12 @@ LEFT_OUT = [
      "elif masked: update_masks(masked, scores, goal) if masked:",
      "if masked: update_masks(masked, scores, goal)"),
     ("if pruning and not due: v = None remains", "remains"),
+    ("1 / len(data.train)", "1 / n"),
 ]
 
 
-def load_example():
-    spec = importlib.util.spec_from_file_location("generate", EXAMPLE)
+def load_example(name="generate"):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -59,29 +66,39 @@ def definitions(text):
 
 # ---- the copies
 
-def copies():
-    """[(script, slot, the text under the banner)] of the example."""
-    text = EXAMPLE.read_text()
+def copies(name):
+    """[(script, slot, the text under the banner)] of an example."""
+    text = (EXAMPLES / f"{name}.py").read_text()
     banners = list(BANNER.finditer(text))
     ends = [banner.start() for banner in banners[1:]] + [len(text)]
     return [(banner[1], banner[2], text[banner.end():end])
             for banner, end in zip(banners, ends) if banner[1]]
 
 
-def test_definitions_are_the_scripts_own():
-    found = {}
-    for script, slot, text in copies():
-        if slot == "definitions":
+SOFT_MVP = ["schedule", "kth_largest", "top_v", "least_share", "update_masks", "sigmoid_penalty",
+            "StraightThrough", "Masked"]
+MGPP = ["progress", "fraction_left", "mixing_weight", "prior_gradient", "kth_largest", "top_v",
+        "zero_smallest"]
+
+
+@pytest.mark.parametrize("name, script, names", [
+    ("generate", "mgpp", MGPP),
+    ("generate", "soft_mvp", [name for name in SOFT_MVP if name not in MGPP]),
+    ("trainer", "soft_mvp", SOFT_MVP)])
+def test_definitions_are_the_scripts_own(name, script, names):
+    found = []
+    for origin, slot, text in copies(name):
+        if (origin, slot) == (script, "definitions"):
             theirs = definitions(slots(script)["definitions"])
-            for name, ours in definitions(text).items():
-                assert ours == theirs[name], f"{script}.py has another {name}"
-                found[script, name] = ours
-    assert len(found) == 13
+            for copied, ours in definitions(text).items():
+                assert ours == theirs[copied], f"{script}.py has another {copied}"
+                found.append(copied)
+    assert sorted(found) == sorted(names)
 
 
 def test_slots_are_the_scripts_own():
     found = []
-    for script, slot, text in copies():
+    for script, slot, text in copies("generate"):
         if slot in ("definitions", "hyper-parameters"):
             continue
         theirs = tokens_of(slots(script)[slot])
@@ -98,11 +115,10 @@ def test_slots_are_the_scripts_own():
 
 
 @pytest.mark.parametrize("name, scripts", [
-    ("lr_factor", METHODS), ("task_loss", METHODS),
     ("schedule", ["magnitude", "mvp", "soft_mvp", "l0"]),
     ("kth_largest", ["magnitude", "mvp", "soft_mvp", "mgpp"]),
     ("top_v", ["magnitude", "mvp", "soft_mvp", "mgpp"]),
-    ("floor", ["magnitude", "mvp", "soft_mvp"]),
+    ("least_share", ["magnitude", "mvp", "soft_mvp"]), ("update_masks", ["mvp", "soft_mvp"]),
     ("StraightThrough", ["mvp", "soft_mvp"]), ("Masked", ["mvp", "soft_mvp"])])
 def test_definition_is_the_same_in_all(name, scripts):
     assert len({definitions(slots(script)["definitions"])[name] for script in scripts}) == 1
@@ -135,7 +151,7 @@ def test_score():
     assert scores == {"EM": 50, "ROUGE-1": 50, "ROUGE-2": 50, "ROUGE-L": 50}
 
 
-# ---- a short run
+# ---- generate.py: a short run
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
@@ -147,8 +163,8 @@ def ended(tmp_path_factory):
 
     def whole_run(method):
         out = folder / method
-        return out, start([sys.executable, EXAMPLE, "--method", method, "--sparsity", "0.1",
-                           "--steps", "8", "--batch_size", "4", "--data", folder, "--out", out,
+        return out, start([sys.executable, EXAMPLES / "generate.py", "--method", method,
+                           "--sparsity", "0.1", "--steps", "8", "--batch_size", "4", "--data", folder, "--out", out,
                            "--max_new_tokens", "4", "--device", "cpu"])
 
     methods = ["mgpp", "soft_mvp"]
@@ -168,6 +184,138 @@ def test_example_prunes(ended, method):
     kept = sum(int(torch.count_nonzero(layer.weight)) for layer in layers)
     assert kept == round(0.1 * n)
     assert json.loads((out / "result.json").read_text())["kept"] == pytest.approx(kept / n)
+
+
+# ---- trainer.py: transformers' Trainer needs accelerate, which requirements.txt does not have
+
+@pytest.fixture(scope="module")
+def trainer():
+    pytest.importorskip("accelerate", reason="examples/trainer.py needs: pip install accelerate")
+    return load_example("trainer")
+
+
+def fine_tune(trainer, folder, batch_size, accumulate):
+    """8 steps of 16 on a small BERT in float64. Returns (scores, weights, logs, penalties)."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "bert", vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+    model = AutoModelForSequenceClassification.from_config(config).double()
+    rows = [{"input_ids": torch.randint(50, (8,)), "label": i % 2} for i in range(64)]
+    method = trainer.SoftMovement(0.1)
+    layers = trainer.prunable(model)
+    method.attach(layers)
+    seen = {"penalties": []}
+    penalty, bake = method.penalty, method.bake
+
+    def watched_penalty():
+        seen["penalties"].append(penalty())
+        return seen["penalties"][-1]
+
+    def watched_bake():
+        seen["scores"] = [s.detach().clone() for s in method.scores()]
+        bake()
+
+    method.penalty, method.bake = watched_penalty, watched_bake
+    settings = TrainingArguments(
+        output_dir=folder, max_steps=8, per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulate, eval_strategy="steps", eval_steps=2,
+        logging_steps=2, save_strategy="no", report_to="none", disable_tqdm=True)
+    run = trainer.PruningTrainer(model, args=settings, method=method, train_dataset=rows,
+                                 eval_dataset=rows)
+    run.train()
+    lrs = [(group["initial_lr"], group["weight_decay"]) for group in run.optimizer.param_groups]
+    assert lrs == [(5e-5, 0), (5e-5, 0), (1e-2, 0)]
+    assert len(run.optimizer.param_groups[2]["params"]) == len(layers) == 12
+    return (seen["scores"], [layer.weight for layer in layers], run.state.log_history,
+            seen["penalties"])
+
+
+def test_accumulated_steps_are_the_same(trainer, tmp_path):
+    """Four micro-batches of 4 are one batch of 16: in masks, scores, and how often penalised."""
+    scores, weights, logs, penalties = fine_tune(trainer, tmp_path, 16, 1)
+    again = fine_tune(trainer, tmp_path, 4, 4)
+    n = sum(weight.numel() for weight in weights)
+    for other in (weights, again[1]):
+        assert sum(int(torch.count_nonzero(weight)) for weight in other) == round(0.1 * n)
+    for a, b in zip(scores + weights, again[0] + again[1]):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+    assert min(float(s.std()) for s in scores) > 1e-4
+    assert len(penalties) == len(again[3]) == 8
+    assert float(penalties[-1]) > 400
+    for run in (logs, again[2]):                # the logged and evaluated loss have no penalty
+        losses = [log[key] for log in run for key in ("loss", "eval_loss") if key in log]
+        assert len(losses) == 8 and max(losses) < 1
+
+
+@pytest.mark.parametrize("kind, count", [("bert", 72), ("roberta", 72), ("distilbert", 36),
+                                         ("albert", 6), ("electra", 72), ("modernbert", 88)])
+def test_layers_of_any_encoder(trainer, kind, count):
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind))
+    assert len(trainer.prunable(model)) == count
+
+
+def test_a_model_without_linear_layers_is_refused(trainer):
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("gpt2"))
+    with pytest.raises(SystemExit, match="no nn.Linear"):
+        trainer.SoftMovement(0.1).attach(trainer.prunable(model))
+
+
+def questions(folder):
+    """A folder of a few rows of mini's QQP."""
+    folder.mkdir()
+    for name in ("train", "dev"):
+        lines = (ROOT / "mini" / "glue" / "QQP" / f"{name}.tsv").read_text().split("\n")[:65]
+        (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def arguments(trainer, data, out, *more):
+    words = ["--data", data, "--out", out, "--steps", "8", "--checkpoint_every", "4",
+             "--batch_size", "4", "--accumulate", "2", *more]
+    return trainer.flags().parse_args([str(word) for word in words])
+
+
+def test_trainer_resumes(trainer, tmp_path, monkeypatch, capsys):
+    """Killed in its sixth step and resumed: the same file. It opens with plain transformers."""
+    data = questions(tmp_path / "data")
+    trainer.main(arguments(trainer, data, tmp_path / "whole"))
+    line = "RESULT trainer keeps 10.00% (prunes 90.00%) accuracy "
+    assert line in capsys.readouterr().out
+    whole = trainer.SoftMovement.before_forward
+
+    def killed(method, step, steps):
+        if step == 5:
+            raise KeyboardInterrupt
+        whole(method, step, steps)
+
+    monkeypatch.setattr(trainer.SoftMovement, "before_forward", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.main(arguments(trainer, data, tmp_path / "killed"))
+    monkeypatch.undo()
+    with pytest.raises(SystemExit, match="holds another run"):
+        trainer.main(arguments(trainer, data, tmp_path / "killed"))
+    trainer.main(arguments(trainer, data, tmp_path / "killed", "--resume"))
+    assert line in capsys.readouterr().out
+    files = [tmp_path / name / "model.safetensors" for name in ("whole", "killed")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "killed", output_loading_info=True)
+    assert not any(report.values())
+    weights = [layer.weight for layer in trainer.prunable(model)]
+    kept = sum(int(torch.count_nonzero(weight)) for weight in weights)
+    assert len(weights) == 24 and kept == round(0.1 * sum(weight.numel() for weight in weights))
+    assert model.config.id2label == {0: "0", 1: "1"}
+
+
+def test_trainer_refuses_a_row_that_is_cut_short(trainer, tmp_path):
+    data = questions(tmp_path / "data")
+    with open(data / "train.tsv", "a") as file:
+        file.write("64\t1\t2\tWho?\n")
+    with pytest.raises(SystemExit, match="line 66"):
+        trainer.main(arguments(trainer, data, tmp_path / "out"))
 
 
 # ---- copying is safe: a script's slots in a loop around another network
