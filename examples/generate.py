@@ -66,97 +66,116 @@ HYPER = dict(
 
 # ---- copied from mgpp.py: <method: definitions>
 
-def progress(step, steps, t_i, t_f):
-    """How far pruning has come: below 0 before t_i, 1 from the last zeroing on."""
-    length = max(1.0, (1 - t_i - t_f) * steps)
-    return min(1.0, (step - t_i * steps) / length)
+def schedule(step, steps, v_f, t_i, t_f):
+    """v, the fraction to keep at this step (0 to steps - 1), after eq. 5 of the movement paper.
+
+    1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps.
+    """
+    ramp = max(1.0, (1 - t_i - t_f) * steps)            # in steps; one at least, never 0
+    done = (step - t_i * steps) / ramp
+    done = min(max(done, 0.0), 1.0)
+    return v_f + (1 - v_f) * (1 - done) ** 3
 
 
 def fraction_left(step, steps, v_f, t_i, t_f, v_i):
-    """v, the fraction left by a zeroing at this step: 1 before t_i, then from v_i down a cubic."""
-    done = progress(step, steps, t_i, t_f)
-    if done < 0:
+    """v, the fraction that a zeroing after `step` steps leaves: 1 before t_i, from v_i on it."""
+    if step < t_i * steps:
         return 1.0
-    return v_f + (max(v_i, v_f) - v_f) * (1 - done) ** 3
+    return v_f + (max(v_i, v_f) - v_f) * schedule(step, steps, 0.0, t_i, t_f)
 
 
 def mixing_weight(step, steps, t_i, t_f):
     """lam, the weight of the slab: falls linearly from 0.1 to 1e-4 while weights are pruned."""
-    done = max(0.0, progress(step, steps, t_i, t_f))
-    return 0.1 + (1e-4 - 0.1) * done
+    done = (step - t_i * steps) / max(1.0, (1 - t_i - t_f) * steps)
+    return 0.1 + (1e-4 - 0.1) * min(max(done, 0.0), 1.0)
 
 
 def prior_gradient(w, lam, s0, s1):
-    """-grad log pi(w) of the prior lam N(0, s1) + (1 - lam) N(0, s0), 0 < lam <= 1; w's shape."""
+    """pull(w) = -d log pi / dw for the prior lam N(0, s1) + (1 - lam) N(0, s0), 0 < lam <= 1.
+
+    w: any shape, the result has the same. s0 and s1 are variances.
+    """
     if lam == 1:
-        return w / s1                           # no spike: plain L2
+        return w / s1                                   # no spike: plain L2
     c1 = math.log(lam / (1 - lam)) + 0.5 * math.log(s0 / s1)
     c2 = 0.5 / s0 - 0.5 / s1
-    g = torch.sigmoid(-c1 - c2 * w * w)         # the spike's share of the density at w
-    return w * (1 / s1 + g * (1 / s0 - 1 / s1))                         # w (g / s0 + (1 - g) / s1)
+    g = torch.sigmoid(-c1 - c2 * w * w)
+    return w * (1 / s1 + g * (1 / s0 - 1 / s1))
 
 
 def kth_largest(x, k):
-    """The k-th largest of the n elements of a flat tensor, 1 <= k <= n, selected without a sort."""
-    if x.device.type == "cpu":                  # numpy's selection is the fastest there
-        place = len(x) - k
-        return x.new_tensor(np.partition(x.numpy(), place)[place])
+    """The k-th largest of the n elements of a flat tensor, 1 <= k <= n, as a 0-dim tensor."""
+    n = len(x)
+    if x.device.type == "cpu":                          # numpy selects without a sort
+        return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
+    if k > n // 2:                                      # topk stores all it finds: the shorter side
+        return x.topk(n - k + 1, largest=False, sorted=False).values.max()
     return x.topk(k, sorted=False).values.min()
 
 
 def top_v(scores, v):
-    """Top_v: True for the highest round(v * count) scores, 1 at least; of equal ones the first."""
-    flat = scores.flatten()
+    """Top_v: True for the highest round(v n) of all n scores, of equal ones the first, row by row.
+
+    scores: of any shape; the mask has the same. One weight stays where round(v n) is 0.
+    """
+    flat = scores.flatten()                             # (n,)
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)
-    mask = flat >= threshold
-    surplus = int(torch.count_nonzero(mask)) - k
-    if surplus:                                 # ties with the k-th: drop the last ones
-        mask[(flat == threshold).nonzero().flatten()[-surplus:]] = False
-    return mask.view_as(scores)
+    stays = flat >= threshold                           # k of them, or more where scores are equal
+    # A GPU would have to wait for that number. There, equal scores are counted off each time.
+    if flat.is_cuda or torch.count_nonzero(stays) > k:
+        above = flat > threshold
+        equal = flat == threshold
+        room = k - torch.count_nonzero(above)           # so many of the equal ones may stay
+        stays = above | (equal & (equal.cumsum(0) <= room))
+    return stays.view_as(scores)
 
 
 @torch.no_grad()
 def zero_smallest(weights, v):
-    """Set the smallest |w| of all matrices together to 0, so that round(v N) of all N remain."""
-    row = torch.cat([w.flatten() for w in weights]).abs_()              # (N,)
-    remains = top_v(row, v).split([w.numel() for w in weights])
+    """Set the smallest |w| of all matrices together to 0: round(v N) of all N remain, 1 at least.
+
+    weights: one tensor (out, in) per matrix, changed in place. A matrix may lose all its weights.
+    """
+    magnitudes = torch.cat([w.flatten() for w in weights]).abs_()       # (N,)
+    remains = top_v(magnitudes, v).split([w.numel() for w in weights])
     for w, stays in zip(weights, remains):
         w.mul_(stays.view_as(w))
 
 
 # ---- copied from soft_mvp.py: <method: definitions>, without the open loop; top_v is above
 
-def schedule(step, steps, v_f, t_i, t_f):
-    """v, the fraction kept at this step: 1, then down the cubic of eq. 5, then v_f."""
-    done = (step - t_i * steps) / max(1.0, (1 - t_i - t_f) * steps)
-    done = min(max(done, 0.0), 1.0)
-    return v_f + (1 - v_f) * (1 - done) ** 3
-
-
 def least_share(n):
-    """The least fraction that global ranking keeps of a matrix of n weights, about 0.5 %."""
+    """The least fraction that a matrix of n weights keeps under one ranking, about 0.5 %."""
     return (int(0.005 * n) + 1) / n
 
 
 @torch.no_grad()
-def update_masks(masked, scores, v):
-    """One threshold for all matrices: M is Top_v of all scores together, after each one's floor."""
-    sizes = [s.numel() for s in scores]
-    row = torch.cat([s.flatten() for s in scores])                      # (N,)
-    for part in row.split(sizes):                                       # a view of the row
-        part[top_v(part, min(v, least_share(len(part))))] = torch.inf
-    for m, mask in zip(masked, top_v(row, v).split(sizes)):
+def update_masks(masked, scores, v, scope="local"):
+    """Write M = Top_v(scores) into the mask of each module in `masked`.
+
+    scores: one tensor (out, in) per matrix. local: a matrix of n weights keeps round(v n) of them.
+    global: all N weights are ranked together, round(v N) are kept, and no matrix is emptied.
+    """
+    if v == 1:                                          # nothing is ranked before pruning begins
+        masks = [torch.ones_like(s) for s in scores]
+    elif scope == "local":
+        masks = [top_v(s, v) for s in scores]
+    else:
+        sizes = [s.numel() for s in scores]
+        ranked = torch.cat([s.flatten() for s in scores])               # (N,)
+        # The best of each matrix rise to infinity, and so rank before all others. With v at 0.5 %
+        # or below they can be a few more than round(v N) (in mini 3936, not 3932). As they are
+        # equal, top_v keeps the first: the last matrix loses a few, from its last row upwards.
+        for part in ranked.split(sizes):                                # views of `ranked`
+            part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
+        masks = top_v(ranked, v).split(sizes)
+    for m, mask in zip(masked, masks):
         m.mask.copy_(mask.view_as(m.mask))
 
 
-def sigmoid_penalty(scores):
-    """The mean over matrices of the mean of sigmoid(S) in the matrix."""
-    return torch.stack([torch.sigmoid(s).mean() for s in scores]).mean()
-
-
 class StraightThrough(torch.autograd.Function):
-    """W' = W * M; the backward pass takes 1 for the slope of M in S."""
+    """W' = W * M, with a backward pass that takes 1 for the slope of M in S."""
 
     @staticmethod
     def forward(ctx, weight, scores, mask):
@@ -164,10 +183,9 @@ class StraightThrough(torch.autograd.Function):
         return weight * mask
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad):                            # grad: dL/dW', (out, in)
         weight, mask = ctx.saved_tensors
-        # grad: dL/dW'. Returned: dL/dW, of kept weights alone; dL/dS, of every weight; no dL/dM.
-        return grad * mask, grad * weight, None
+        return grad * mask, grad * weight, None         # dL/dW, dL/dS, and none for M
 
 
 class Masked(nn.Module):
@@ -180,6 +198,15 @@ class Masked(nn.Module):
 
     def forward(self, weight):
         return StraightThrough.apply(weight, self.scores, self.mask)
+
+
+def sigmoid_penalty(scores):
+    """R(S): the mean over matrices of the mean of sigmoid(S) in the matrix; 0.5 at the start.
+
+    scores: one tensor (out, in) per matrix. The lambda before it is large because R is a mean: with
+    lambda 1000 one score of BERT-base feels p = 6e-6 in attention, 1.5e-6 in the feed-forward part.
+    """
+    return torch.stack([torch.sigmoid(s).mean() for s in scores]).mean()
 
 
 # ---- data and scores
@@ -283,6 +310,8 @@ def flags():
     add = parser.add_argument
     add("--method", default="mgpp", choices=["dense", "mgpp", "soft_mvp"], help="dense: no pruning")
     add("--sparsity", type=float, default=0.1, metavar="V", help="fraction of the weights KEPT")
+    add("--scope", default="global", choices=["local", "global"],
+        help="soft_mvp: rank each matrix by itself (better where layers are new), or all together")
     add("--model", default=str(MINI / "bert"), help="a folder, or a name on the hub")
     add("--data", type=Path, default=MINI / "generate", help="folder of train.tsv and dev.tsv")
     add("--out", type=Path, help="folder for the pruned model; default out/generate-METHOD-V-sSEED")
@@ -304,8 +333,8 @@ def main(args):
     set_seed(args.seed)
     if args.method == "dense":
         args.sparsity = 1.0
-    if not 0 < args.sparsity <= 1:
-        raise SystemExit("--sparsity is the fraction KEPT, above 0 and at most 1")
+    elif not 0 < args.sparsity < 1:
+        raise SystemExit("--sparsity is the fraction KEPT, above 0 and below 1")
     out = args.out or Path(f"out/generate-{args.method}-{args.sparsity:g}-s{args.seed}")
 
     # ---- data and model
@@ -326,27 +355,32 @@ def main(args):
     print("floor: the most frequent target:", show(score(frequent, golds)))
     layers = prunable(model)
     groups = [{"params": list(model.parameters()), "lr": args.lr}]
-    # mgpp.py divides the prior by n, the number of terms in the mean that the loss is over the
-    # training data. Here the loss is a mean over the tokens of the targets, not over examples.
+    # mgpp divides its prior's pull by n, the number of terms in the mean that the loss is. Here the
+    # loss is a mean over the tokens of the targets, so n counts tokens and not, as there, examples.
     n = sum(len(row["labels"]) for row in data.train)
 
     if args.method == "mgpp":
         # ---- copied from mgpp.py: <method: setup>
+        if not layers:
+            raise SystemExit("there is no layer to prune: it takes modules with a matrix `weight`")
         weights = [layer.weight for layer in layers.values()]   # W: (out, in) each, pruned in place
         groups[0] |= args.adam
-        first = math.ceil(args.t_i * args.steps)                # steps done at the first zeroing
-        last = round((1 - args.t_f) * args.steps)               # and at the last
+        first_zeroing = math.ceil(args.t_i * args.steps)        # after so many steps
+        last_zeroing = round((1 - args.t_f) * args.steps)
     if args.method == "soft_mvp":
         # ---- copied from soft_mvp.py: <method: setup>
-        masked = []                                         # none if V = 1: dense fine-tuning
-        if args.sparsity < 1:
-            masked = [Masked(layer.weight) for layer in layers.values()]
+        if not layers:
+            raise SystemExit("there is no layer to prune: it takes modules with a matrix `weight`")
+        # From here on each read of layer.weight calls Masked.forward: the layer computes with
+        # W * M. This comes before the optimizer and DDP, which must find the parameters as they
+        # will stay.
+        masked = [Masked(layer.weight) for layer in layers.values()]
         for layer, m in zip(layers.values(), masked):
             parametrize.register_parametrization(layer, "weight", m)
-        scores = [m.scores for m in masked]                                 # S: (out, in) each
         # A score must overtake others within the run, a weight need not: scores learn much faster.
-        groups.append({"params": scores, "lr": args.score_lr, "initial_lr": args.score_lr,
-                       "weight_decay": 0.0})
+        # No weight decay: it would pull all scores to 0, and so mix up what they tell.
+        groups.append({"params": [m.scores for m in masked],
+                       "lr": args.score_lr, "initial_lr": args.score_lr, "weight_decay": 0.0})
 
     # ---- the loop
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
@@ -354,39 +388,47 @@ def main(args):
     for step in range(args.steps):
         if args.method == "mgpp":
             # ---- copied from mgpp.py: <method: before forward>
-            t = step + 1
+            # What happens after this step is decided here, where v is due.
+            t = step + 1                                        # zeroing comes after the step
+            pruning = step < last_zeroing
+            due = pruning and (t % args.interval == 0 or t in (first_zeroing, last_zeroing))
             v = fraction_left(t, args.steps, args.sparsity, args.t_i, args.t_f, args.v_i)
-            lam = args.mix or mixing_weight(step, args.steps, args.t_i, args.t_f)
-            pruning = step < last and args.sparsity < 1
-            due = t % args.interval == 0 or t in (first, last)
-            remains = [w != 0 for w in weights]                             # (out, in) each
+            if pruning and not due:
+                v = None                                    # between two zeroings there is no goal
         if args.method == "soft_mvp":
             # ---- copied from soft_mvp.py: <method: before forward>
-            # 0 until t_i T, then up to 1
-            ramp = 1 - schedule(step, args.steps, 0.0, args.t_i, args.t_f)
-            v = 1 - (1 - args.sparsity) * ramp
-            if masked:
-                update_masks(masked, scores, v)
+            # Masks first, so that this step's loss and gradients are those of the pruned network.
+            v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
+            ramp = (1 - v) / (1 - args.sparsity)        # r: from 0 to 1 while weights are pruned
+            scores = [m.scores for m in masked]         # S: (out, in) each
+            update_masks(masked, scores, v, args.scope)
 
         batch = collate(random.sample(data.train, min(args.batch_size, len(data.train))))
         loss = model(**batch.to(args.device)).loss
         penalty = 0.0
         if args.method == "soft_mvp":
             # ---- copied from soft_mvp.py: <method: penalty>
-            penalty = torch.tensor(0.0)
-            if masked:
-                penalty = args.lambda_f * ramp * sigmoid_penalty(scores)
+            # Once per optimizer step: in each micro-batch of an accumulated one it would count
+            # again.
+            lam = args.lambda_f
+            penalty = lam * ramp * sigmoid_penalty(scores)
 
         optimizer.zero_grad()
         (loss + penalty).backward()
 
         if args.method == "mgpp":
-            # ---- copied from mgpp.py: <method: gradient>; gradients are not clipped
-            # MAP: the prior's gradient enters AdamW's moments with the loss's, not decoupled.
+            # ---- copied from mgpp.py: <method: gradient>
+            # The prior's pull joins dL/dW before the optimizer: it enters AdamW's moments with the
+            # loss's gradient, and is not decoupled as weight decay is. It ends with the last
+            # zeroing. Nothing is clipped: the pull is large, and one norm would shrink the loss's
+            # gradient.
             if pruning:
+                lam = args.mix or mixing_weight(step, args.steps, args.t_i, args.t_f)
                 for w in weights:
-                    prior = prior_gradient(w.detach(), lam, args.spike, args.slab)
-                    w.grad.add_(prior, alpha=1 / n)
+                    pull = prior_gradient(w.detach(), lam, args.spike, args.slab)
+                    w.grad.add_(pull, alpha=1 / n)
+            else:
+                remains = [w != 0 for w in weights]         # (out, in) each: zeros are final now
         else:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -394,11 +436,11 @@ def main(args):
 
         if args.method == "mgpp":
             # ---- copied from mgpp.py: <method: after step>
-            # No mask after a zeroing: AdamW's moments live on, and a zeroed weight may grow again.
-            if pruning and due:
+            # After AdamW's step, so that the zeros are what the next forward pass sees. AdamW's
+            # moments live on: a weight zeroed before the last zeroing moves again at the next step.
+            if due:
                 zero_smallest(weights, v)
-            elif step >= last:
-                # after the last zeroing zeros are final
+            if not pruning:
                 for w, stays in zip(weights, remains):
                     w.data.mul_(stays)
 
@@ -410,17 +452,19 @@ def main(args):
 
     if args.method == "mgpp":
         # ---- copied from mgpp.py: <method: bake>
-        # The zeros are in the weights already; in a short run the last zeroing left a few too many.
+        # The zeros are in the weights already. Only where T - t_f T was rounded down, the last
+        # zeroing came a little early on the cubic, and left a few weights too many: they go now.
         goal = args.sparsity
         zero_smallest(weights, goal)
     if args.method == "soft_mvp":
         # ---- copied from soft_mvp.py: <method: bake>
-        # The last step moved what is ranked: M for v_f once more. W * M becomes the plain weight.
+        # The last step has moved the scores, so they are ranked once more. Then W * M becomes the
+        # plain weight of a plain nn.Linear: only now is the model pruned for whoever opens it.
         goal = args.sparsity
-        if masked:
-            update_masks(masked, scores, goal)
-            for layer in layers.values():
-                parametrize.remove_parametrizations(layer, "weight")
+        scores = [m.scores for m in masked]
+        update_masks(masked, scores, goal, args.scope)
+        for layer in layers.values():
+            parametrize.remove_parametrizations(layer, "weight")
 
     # ---- save, reload, count the zeros, evaluate
     model.save_pretrained(out)
