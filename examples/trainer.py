@@ -1,21 +1,22 @@
 """Soft movement pruning in a Hugging Face Trainer, to copy into your own fine-tuning.
 
-The script fine-tunes an encoder to classify texts and prunes it meanwhile: every nn.Linear in its
-numbered layers, but neither the embeddings nor the head. Two pieces do it. SoftMovement is the
-method; its definitions are those of soft_mvp.py, which explains them. PruningCallback and
-PruningTrainer say when a Trainer calls it. All else is ordinary use of the Trainer, which gives you
-gradient accumulation, several GPUs, mixed precision, evaluation and checkpoints.
+The script fine-tunes an encoder to classify texts. Meanwhile it prunes every nn.Linear in the
+encoder's layers, but neither the embeddings nor the head. SoftMovement is the method as one object;
+its definitions are copied from soft_mvp.py, which explains them. PruningCallback and PruningTrainer
+say when a Trainer calls it. All else is ordinary use of the Trainer.
 
     pip install accelerate                              # transformers' Trainer needs it
-    python examples/trainer.py --sparsity 0.1           # prunes 90 %; a few minutes on a CPU
+    python examples/trainer.py --sparsity 0.1           # keeps 10 %; minutes on a CPU
     python examples/trainer.py --model roberta-base --lr 3e-5 --data DIR --columns text label
     python examples/trainer.py --resume                 # killed? your command, plus --resume
 
 Model   any encoder that transformers has: a folder, or a name on the hub. By default mini/bert
 Data    DIR/train.tsv and DIR/dev.tsv, tabs between columns, no quoting. --columns names the text
-        (or two texts), then the label. By default the pairs of questions in mini/glue/QQP
-Last line (of mini's dev set a guesser gets 50 % right):
-RESULT trainer keeps 10.00% (prunes 90.00%) accuracy 00.0 | 3000 steps 000 s seed 0 | out/trainer-..
+        (or two texts), then the label. By default the pairs of questions in mini/glue/QQP.
+        A text is cut after 128 tokens
+Last line (a guesser has accuracy 50 here):
+RESULT trainer keeps 10.00% (prunes 90.00%) accuracy 98.2 | 1000 steps 368 s seed 0 |
+out/trainer-0.1-s0
 """
 import argparse
 import csv
@@ -151,16 +152,14 @@ class SoftMovement:
     """Prunes layers until the fraction v_f of their weights is kept.
 
     lambda_f: the penalty's weight in the end. t_i, t_f: fractions of the run before pruning begins
-    and after it has ended. scope: "global" ranks the scores of all layers together, "local" those
-    of each by themselves, which is better where layers are new.
+    and after it has ended.
     """
 
-    def __init__(self, v_f, lambda_f=1000.0, t_i=0.05, t_f=0.3, scope="global"):
+    def __init__(self, v_f, lambda_f=1000.0, t_i=0.05, t_f=0.3):
         self.v_f = v_f
         self.lambda_f = lambda_f
         self.t_i = t_i
         self.t_f = t_f
-        self.scope = scope
         self.ramp = 0.0                         # from 0 to 1 while weights are pruned
 
     def attach(self, layers):
@@ -174,7 +173,7 @@ class SoftMovement:
         for layer in layers:
             parametrize.register_parametrization(layer, "weight", Masked(layer.weight))
 
-    # Asked of the layers each time: a wrapper may have put other parameters into them since attach.
+    # Read from the layers each time: a wrapper may have given them other parameters since attach.
     def masked(self):
         return [layer.parametrizations.weight[0] for layer in self.layers]
 
@@ -185,15 +184,15 @@ class SoftMovement:
         """Set the masks for an optimizer step, number `step` of `steps`, counted from 0."""
         v = schedule(step, steps, self.v_f, self.t_i, self.t_f)
         self.ramp = (1 - v) / (1 - self.v_f)
-        update_masks(self.masked(), self.scores(), v, self.scope)
+        update_masks(self.masked(), self.scores(), v, scope="global")
 
     def penalty(self):
         """What is added to the loss: once per optimizer step, and never in evaluation."""
         return self.lambda_f * self.ramp * sigmoid_penalty(self.scores())
 
     def bake(self):
-        """After the last step: make plain layers, zeros in place."""
-        update_masks(self.masked(), self.scores(), self.v_f, self.scope)    # that step moved scores
+        """Make plain layers, zeros in place. The last step moved scores: they are ranked again."""
+        update_masks(self.masked(), self.scores(), self.v_f, scope="global")
         for layer in self.layers:
             parametrize.remove_parametrizations(layer, "weight")
 
@@ -244,9 +243,9 @@ class PruningTrainer(Trainer):
         return optimizer
 
     def training_step(self, *args, **others):
-        # Called for each micro-batch. compute_loss would be the wrong place for the penalty: it is
-        # called in evaluation too, and what it returns is divided by the number of micro-batches
-        # for some models and not for others. The loss in the log is without the penalty.
+        # Called once per micro-batch, and not in evaluation, as compute_loss is. The penalty has a
+        # backward pass of its own: its gradient is added to the loss's. With several processes all
+        # add the same, after theirs have been averaged. The logged loss is without the penalty.
         loss = super().training_step(*args, **others)
         if self.accelerator.sync_gradients:     # the last micro-batch of this optimizer step
             self.accelerator.backward(self.method.penalty())
