@@ -11,26 +11,32 @@ probability that the gate is open (z > 0). This probability has a gradient, and 
     q  = sigmoid((y + S) / beta)             y: noise, drawn anew at each step
     z  = clamp(q (zeta - gamma) + gamma, 0, 1)      q stretched to (gamma, zeta), then cut
     W' = W * z                               what the layer computes with
-    E  = mean over matrices of the mean of P(z > 0) = sigmoid(S - beta log(-gamma / zeta))
+    P  = P(z > 0) = sigmoid(S - beta log(-gamma / zeta))
+    E  = mean over matrices of the mean of P in the matrix
+    gradient of W: dL/dW' * z    gradient of S: dL/dW' * W * dz/dS, and the penalty's
 
     W, L         as in magnitude.py: a weight matrix (out, in), and the loss
-    S            scores, (out, in), 2.197 at the start, where P(z > 0) = 0.98
+    S            scores, (out, in), at the start 2.197 = logit(0.9), where P = 0.98
     beta         temperature, 2/3. gamma, zeta: -0.1 and 1.1
     v            fraction to keep at this step, on magnitude.py's cubic; --sparsity is the last
-    k            fraction of all weights whose gate is open without noise
-    mu1, mu2     multipliers that steer k to v
+    k            fraction of all weights whose gate is open without noise (`share` in the code)
+    h            k / v - 1 (`excess`). mu1, mu2: multipliers, 0 at the start
 
-Without noise a gate is open where S exceeds log(-gamma / zeta) = -2.398. So we count, evaluate and
-save: the saved weight is W * z without noise. --penalty LAMBDA is the paper's way: minimise
-L + LAMBDA E from the first step, and take the fraction kept that follows. Without it we steer, by
-an augmented Lagrangian (Wang, Wohlwend and Lei 2020, arXiv 1910.04732); its step sizes are ours:
+Why noise? A gate that is shut passes no gradient of the loss. With noise it opens now and then, so
+its weight can come back. To count, to evaluate and to save there is neither noise nor beta:
+q = sigmoid(S), and the gate is open where S exceeds log(-gamma / zeta) = -2.398. What is saved is
+W * z with this z. (So k is not E: at the threshold P is still 0.31, and E counts matrices alike.)
 
-    h = k / v - 1,   minimise L + mu1 h + mu2 h^2,   after each step mu1 += 2 h and mu2 += 60 h^2
+--penalty LAMBDA is the paper's way: minimise L + LAMBDA E from the first step, and take what is
+kept then. Without it two multipliers push k towards v, an augmented Lagrangian (Wang, Wohlwend and
+Lei 2020, arXiv 1910.04732). mu1 removes a gap that lasts, mu2 damps the way; 2 and 60 are ours:
+
+    minimise  L + mu1 h + mu2 h^2,   after each step mu1 += 2 h and mu2 += 60 h^2
 
 Unlike mvp.py: the gate is random and takes any value from 0 to 1, the threshold is fixed, and no
 matrix has a least share. As in the movement code, and unlike Louizos et al.: a gate for each weight
 and not for each input neuron, log alpha not clamped, no L2 penalty on W, no averaging of W. Give it
-1,000 steps or more: S has far to go. --sparsity is the fraction KEPT.
+1,000 steps or more: in less, steering lags behind v. --sparsity is the fraction KEPT.
 
     python l0.py --task squad --sparsity 0.03           without a GPU, on mini/'s made-up data, ends
     RESULT l0 squad keeps 3.00% (prunes 97.00%) EM .. F1 .. | 1000 steps .. s seed 0 | ..
@@ -64,17 +70,17 @@ import common
 # Why gradually? A pruned weight takes its share of the work with it, and the other weights need
 # some steps to take that over. Why a cubic? It is steep at first, when many weights are of little
 # use, and flat at the end, when each pruned weight is missed.
-# Official: masked_run_squad.py, lines 72-92. There t_i and t_f are multiples of the learning
-# rate's warm-up, a given number of steps, so a short run never prunes. There the first step is
-# number 1 (in masked_run_glue.py it is 0, as here).
+# Official: masked_run_squad.py, lines 72-92. There t_i and t_f are set as multiples of a fixed
+# number of warm-up steps, and a run shorter than that never starts to prune. There the first step
+# is number 1 (in masked_run_glue.py it is 0, as here).
 def schedule(step, steps, v_f, t_i, t_f):
-    """v, the fraction to keep at this step (0 to steps - 1), by eq. 5 of Sanh et al..
+    """v, the fraction to keep at this step (0 to steps - 1), by eq. 5 of Sanh et al.
 
     1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. (In a run of a few
     steps the last v may be above v_f; the slot "bake" prunes to v_f in any case.)
     """
-    ramp = max(1.0, (1 - t_i - t_f) * steps)            # in steps; one at least, never 0
-    done = (step - t_i * steps) / ramp
+    length = max(1.0, (1 - t_i - t_f) * steps)          # of the ramp, in steps; never 0
+    done = (step - t_i * steps) / length
     done = min(max(done, 0.0), 1.0)
     return v_f + (1 - v_f) * (1 - done) ** 3
 
@@ -100,7 +106,8 @@ def top_v(scores, v):
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)
     stays = flat >= threshold                           # k of them, or more where scores are equal
-    # On a GPU Python would have to wait for their number. There, equal scores are always counted.
+    # A GPU works behind Python's back: to ask for this number would mean to wait. So there equal
+    # scores are always counted off.
     if flat.is_cuda or torch.count_nonzero(stays) > k:
         above = flat > threshold
         equal = flat == threshold
@@ -115,11 +122,13 @@ BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1                    # temperature; ends of t
 THRESHOLD = math.log(-GAMMA / ZETA)                     # -2.398: without noise z > 0 for S above it
 
 
-# q lies in (0, 1), and so would never be 0. Stretched to (-0.1, 1.1) and cut, it is exactly 0 or
-# exactly 1 with a probability above 0, and in between it has a gradient: "hard" and "concrete".
-# Where it is cut dz/dS is 0, and the score learns from the penalty alone. Noise: y = log u - log(1
-# - u), u uniform in (1e-4, 1 - 1e-4), as Louizos et al. draw it; the movement code draws u in (0,
-# 1) and clamps it. Official: masked_nn.py, lines 94-102.
+# q lies in (0, 1) and would never be 0. Stretched to (-0.1, 1.1) and cut, z is exactly 0 or
+# exactly 1 in a part of the draws ("hard"). In between it is a smooth function of S ("concrete", a
+# continuous stand-in for a 0/1 variable). In a draw where z is cut, dz/dS is 0, and the score
+# learns from the penalty alone. y = log u - log(1 - u), u uniform in (1e-4, 1 - 1e-4): drawn
+# inside an interval, as by Louizos et al. (theirs 1e-6); the movement code draws u in (0, 1) and
+# clamps it to ours.
+# Official: masked_nn.py, lines 94-102; l0_layers.py, lines 89-104, at 39a5fe6.
 def gate(scores, noise=None):
     """The hard concrete gate z, in [0, 1]. scores and noise: (out, in), z has the same shape."""
     if noise is None:
@@ -158,7 +167,7 @@ class Gated(nn.Module):
 
 @torch.no_grad()
 def open_gates(scores):
-    """How many gates are open without noise: a 0-dim tensor, for which a GPU need not wait."""
+    """How many gates are open without noise, as a 0-dim tensor: Python need not wait for a GPU."""
     return sum(torch.count_nonzero(s > THRESHOLD) for s in scores)
 
 
@@ -260,7 +269,7 @@ def flags():
     # <method: flags>
     add("--score_lr", type=number(float), help="peak learning rate of the scores")
     add("--penalty", type=number(float),
-        help="lambda of the paper's open loop: what is kept follows from it, not from --sparsity")
+        help="lambda of the paper's way: it decides what is kept, not --sparsity; give --out too")
     # </method>
     return parser
 
@@ -459,11 +468,11 @@ def main(args):
         # Once per optimizer step: in each micro-batch of an accumulated one it would count again.
         expected = expected_l0(scores)                  # E
         if args.penalty is not None:
-            penalty = args.penalty * expected           # a true gradient; lambda is not ramped
+            penalty = args.penalty * expected           # a true gradient; lambda is constant
             v = None                                    # an outcome, not a goal
         else:
-            # A straight-through estimate again: k is a count and has no slope, so h takes its
-            # value from k and its gradient from E. What is subtracted has the value of E and no
+            # A straight-through estimate again: k is a count and has no slope. So h is computed
+            # from k and differentiated as if k were E: the difference below has the value 0, E's
             # gradient.
             share = open_gates(scores) / sum(s.numel() for s in scores)
             excess = (share + expected - expected.detach()) / v - 1     # h
@@ -482,9 +491,9 @@ def main(args):
         optimizer.step()
 
         # <method: after step>
-        # Ascent, after the weights have moved: while too much is kept mu1 grows, and the penalty
-        # presses harder; where too little is kept mu1 falls, below 0 if need be. mu2 only grows,
-        # so that later gaps weigh more.
+        # Ascent on the multipliers, with the h from before the step: while too much is kept mu1
+        # grows, and the penalty presses harder; where too little is kept mu1 falls, below 0 if
+        # need be. mu2 only grows, so that later gaps weigh more.
         if args.penalty is None:
             state["mu1"] += args.ascent[0] * excess.detach().double()
             state["mu2"] += args.ascent[1] * excess.detach().double() ** 2
@@ -514,8 +523,9 @@ def main(args):
             os.replace(out / "checkpoint.part", checkpoint)
 
     # <method: bake>
-    # Steering leaves a small gap, which is closed: gates near the threshold are about 0 on both of
-    # its sides. Then W * z without noise becomes the plain weight of a plain nn.Linear.
+    # Steering leaves a small gap, which is closed: the gates nearest to the threshold are moved
+    # just across it. Close to it z is about 0 on both sides. Then W * z, read without gradients
+    # and so without noise, becomes the plain weight of a plain nn.Linear.
     goal = args.sparsity
     scores = [m.scores for m in gated]
     if args.penalty is not None:

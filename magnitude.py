@@ -25,8 +25,8 @@ below it. While v falls the smallest kept weight gets larger and larger, so almo
 The weakness: fine-tuning hardly moves a weight. What is large at the end was large after
 pre-training, whatever the task. The task has little say in what is kept; mvp.py gives it one.
 
---sparsity is the fraction KEPT (elsewhere often the fraction pruned): 0.03 keeps 3 %. With 1
-nothing is masked: dense fine-tuning, the baseline, and the model that --teacher can distil from.
+--sparsity is the fraction KEPT (elsewhere often the fraction pruned): 0.03 keeps 3 %. --sparsity 1
+masks nothing: this dense run is the baseline, and its folder can be the --teacher of another run.
 --scope global ranks all matrices together. The official code counts biases and LayerNorm as kept
 weights, so its 3.14 % is our 3.00 %. The text of Sanh et al., but not their code, lets masked
 weights learn.
@@ -61,17 +61,17 @@ import common
 # Why gradually? A pruned weight takes its share of the work with it, and the other weights need
 # some steps to take that over. Why a cubic? It is steep at first, when many weights are of little
 # use, and flat at the end, when each pruned weight is missed.
-# Official: masked_run_squad.py, lines 72-92. There t_i and t_f are multiples of the learning
-# rate's warm-up, a given number of steps, so a short run never prunes. There the first step is
-# number 1 (in masked_run_glue.py it is 0, as here).
+# Official: masked_run_squad.py, lines 72-92. There t_i and t_f are set as multiples of a fixed
+# number of warm-up steps, and a run shorter than that never starts to prune. There the first step
+# is number 1 (in masked_run_glue.py it is 0, as here).
 def schedule(step, steps, v_f, t_i, t_f):
-    """v, the fraction to keep at this step (0 to steps - 1), by eq. 5 of Sanh et al..
+    """v, the fraction to keep at this step (0 to steps - 1), by eq. 5 of Sanh et al.
 
     1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. (In a run of a few
     steps the last v may be above v_f; the slot "bake" prunes to v_f in any case.)
     """
-    ramp = max(1.0, (1 - t_i - t_f) * steps)            # in steps; one at least, never 0
-    done = (step - t_i * steps) / ramp
+    length = max(1.0, (1 - t_i - t_f) * steps)          # of the ramp, in steps; never 0
+    done = (step - t_i * steps) / length
     done = min(max(done, 0.0), 1.0)
     return v_f + (1 - v_f) * (1 - done) ** 3
 
@@ -97,7 +97,8 @@ def top_v(scores, v):
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)
     stays = flat >= threshold                           # k of them, or more where scores are equal
-    # On a GPU Python would have to wait for their number. There, equal scores are always counted.
+    # A GPU works behind Python's back: to ask for this number would mean to wait. So there equal
+    # scores are always counted off.
     if flat.is_cuda or torch.count_nonzero(stays) > k:
         above = flat > threshold
         equal = flat == threshold
@@ -121,7 +122,7 @@ def update_masks(masked, scores, v, scope="local"):
     """Write M = Top_v(scores) into the mask of each Masked module in `masked`.
 
     scores: one tensor (out, in) per matrix. local: a matrix of n weights keeps round(v n) of them.
-    global: all N weights are ranked together, round(v N) are kept, a least share in each matrix.
+    global: all N weights are ranked together, round(v N) are kept, the least shares first.
     """
     if v == 1:                                          # nothing is ranked before pruning begins
         masks = [torch.ones_like(s) for s in scores]
@@ -131,9 +132,8 @@ def update_masks(masked, scores, v, scope="local"):
         sizes = [s.numel() for s in scores]
         ranked = torch.cat([s.flatten() for s in scores])               # (N,)
         # In this copy the best of each matrix are raised to infinity: they rank before all others.
-        # With v at 0.5 % or below these can be more than round(v N) (in mini 3936, not 3932).
-        # Being equal, the first of them stay: the last matrix loses a few, from its last row
-        # upwards.
+        # Rounded up in each matrix, these can be a few more than round(v N) (at v = 0.5 % in mini
+        # 3936, not 3932). Then the surplus is cut from the end of the last matrix.
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)

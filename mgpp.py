@@ -11,7 +11,7 @@ and a larger one is hardly pulled. Now and then the smallest weights of all are 
     pi(w)    = lam p(w; s1) + (1 - lam) p(w; s0)      p(w; s): normal density at w, variance s
     g(w)     = (1 - lam) p(w; s0) / pi(w)             the spike's share of the density at w
     pull(w)  = -d log pi / dw = w (g / s0 + (1 - g) / s1)
-    gradient = dL/dw + pull(w) / n                    for AdamW, in place of dL/dw
+    gradient = dL/dw + pull(w) / n                    for AdamW, until the last zeroing
     v        = v_f + (v_i - v_f) (1 - (t - t_i T) / (T - t_i T - t_f T))^3
 
     w            one of the N weights in the six matrices of each encoder layer, (out, in) each
@@ -20,19 +20,22 @@ and a larger one is hardly pulled. Now and then the smallest weights of all are 
     s0, s1       variances of spike and slab: --spike and --slab
     n            L is the mean of n terms: training examples (windows of text on SQuAD). In a
                  language model, whose loss is a mean over tokens, n is the number of tokens
-    v            fraction left by a zeroing after t of T steps. v_i at the first (0.7 on mini), v_f,
-                 which is --sparsity, the fraction KEPT, at the last
+    v            fraction left by a zeroing after t of T steps: from v_i (0.7 on mini, or v_f if
+                 that is larger) down to v_f, which is --sparsity, the fraction KEPT
 
 Weights are zeroed after t_i T steps, then whenever --interval divides t, for the last time after
 T - t_f T steps. A zeroed weight is not masked: the next step moves it off 0 again, but hardly one
 grows large enough to escape the next zeroing. After the last zeroing zeros stay.
 
-What the spike does depends on AdamW. It reaches to |w| = 5e-5, and on mini a step of AdamW is 5e-4
-long: a weight that lands inside gets one huge gradient and is thrown out again. In our runs the
-spike was worth little: results/why/README.md. Unlike magnitude.py: zeros are written into the
-weights, all matrices are ranked together without a least share for each, and no gradient is
-clipped. Unlike the author's code: exactly round(v N) weights remain, and the embeddings are frozen,
-as in the other five files. Of the author's settings, which changed, these are those of Feb 2024.
+What the spike does depends on AdamW. It reaches to |w| = 5e-5, and on mini a step of AdamW is up to
+5e-4 long: a weight that lands inside gets one huge gradient, and is thrown across and out of it. In
+our runs the spike was worth little: results/why/README.md.
+
+Unlike magnitude.py: zeros are written into the weights, all matrices are ranked together without a
+least share for each, and no gradient is clipped. Unlike the author's code: exactly round(v N)
+weights remain, and fine-tuning freezes the embeddings, as in the other files. The author's scripts
+changed over time; ours follows those of Feb 2024. Lines called official are of this code, or, where
+a masked_run_squad.py or binarizer.py is named, of movement pruning's (see magnitude.py).
 
     python mgpp.py --task squad --sparsity 0.1          without a GPU, on mini/'s made-up data, ends
     RESULT mgpp squad keeps 10.00% (prunes 90.00%) EM .. F1 .. | 1000 steps .. s seed 0 | ..
@@ -64,17 +67,17 @@ import common
 # Why gradually? A pruned weight takes its share of the work with it, and the other weights need
 # some steps to take that over. Why a cubic? It is steep at first, when many weights are of little
 # use, and flat at the end, when each pruned weight is missed.
-# Official: masked_run_squad.py, lines 72-92. There t_i and t_f are multiples of the learning
-# rate's warm-up, a given number of steps, so a short run never prunes. There the first step is
-# number 1 (in masked_run_glue.py it is 0, as here).
+# Official: masked_run_squad.py, lines 72-92. There t_i and t_f are set as multiples of a fixed
+# number of warm-up steps, and a run shorter than that never starts to prune. There the first step
+# is number 1 (in masked_run_glue.py it is 0, as here).
 def schedule(step, steps, v_f, t_i, t_f):
-    """v, the fraction to keep at this step (0 to steps - 1), by eq. 5 of Sanh et al..
+    """v, the fraction to keep at this step (0 to steps - 1), by eq. 5 of Sanh et al.
 
     1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. (In a run of a few
     steps the last v may be above v_f; the slot "bake" prunes to v_f in any case.)
     """
-    ramp = max(1.0, (1 - t_i - t_f) * steps)            # in steps; one at least, never 0
-    done = (step - t_i * steps) / ramp
+    length = max(1.0, (1 - t_i - t_f) * steps)          # of the ramp, in steps; never 0
+    done = (step - t_i * steps) / length
     done = min(max(done, 0.0), 1.0)
     return v_f + (1 - v_f) * (1 - done) ** 3
 
@@ -107,8 +110,8 @@ def mixing_weight(step, steps, t_i, t_f):
 # Each density pulls with w over its own variance; the two are mixed in the shares g and 1 - g:
 #     pull = w (g / s0 + (1 - g) / s1) = w (1 / s1 + g (1 / s0 - 1 / s1))
 # With s0 = 1e-10 and s1 = 0.05 the two terms of pi are equal at |w| = 4.9e-5 for lam = 0.1, and at
-# 6.2e-5 for lam = 1e-4. Well below, the pull is w / 1e-10, hundreds of thousands; from about 9e-5
-# on it is w / 0.05.
+# 6.2e-5 for lam = 1e-4. Well below, the pull is w / 1e-10, up to hundreds of thousands; from about
+# 9e-5 on it is w / 0.05.
 # Official: MWA.py, lines 128-145.
 def prior_gradient(w, lam, s0, s1):
     """pull(w) = -d log pi / dw for the prior lam N(0, s1) + (1 - lam) N(0, s0), 0 < lam <= 1.
@@ -146,7 +149,8 @@ def top_v(scores, v):
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)
     stays = flat >= threshold                           # k of them, or more where scores are equal
-    # On a GPU Python would have to wait for their number. There, equal scores are always counted.
+    # A GPU works behind Python's back: to ask for this number would mean to wait. So there equal
+    # scores are always counted off.
     if flat.is_cuda or torch.count_nonzero(stays) > k:
         above = flat > threshold
         equal = flat == threshold
@@ -376,8 +380,8 @@ def main(args):
         raise SystemExit("`layers` is empty: nothing would be pruned")
     weights = [layer.weight for layer in layers.values()]   # W: (out, in) each, pruned in place
     groups[0] |= args.adam
-    first_zeroing = math.ceil(args.t_i * args.steps)        # after so many steps
-    last_zeroing = round((1 - args.t_f) * args.steps)
+    begin = math.ceil(args.t_i * args.steps)                # steps done at the first zeroing
+    end = round((1 - args.t_f) * args.steps)                # and at the last
     # </method>
 
     # ---- the run's folder
@@ -424,13 +428,13 @@ def main(args):
         # what is added to the loss; goal, the fraction to be kept in the end, after the loop.
         # A v or goal of None means that there is none.
         # <method: before forward>
-        # Decided here, because this slot must leave v; done after the step.
+        # The frame's log needs v now; the zeroing itself comes after the step.
         t = step + 1                                        # steps done by then
-        pruning = step < last_zeroing
-        due = pruning and (t % args.interval == 0 or t in (first_zeroing, last_zeroing))
+        pruning = t <= end                                  # up to the last zeroing
+        due = t in (begin, end) or (begin < t < end and t % args.interval == 0)
         v = fraction_left(t, args.steps, args.sparsity, args.t_i, args.t_f, args.v_i)
         if pruning and not due:
-            v = None                                        # between two zeroings there is no goal
+            v = None                                        # no goal until the next zeroing
         # </method>
 
         with autocast:
@@ -454,7 +458,7 @@ def main(args):
                 pull = prior_gradient(w.detach(), lam, args.spike, args.slab)
                 w.grad.add_(pull, alpha=1 / len(data.train))                    # 1 / n
         else:
-            remains = [w != 0 for w in weights]             # zeros are final now
+            remains = [w != 0 for w in weights]             # before AdamW moves them
         # </method>
 
         nn.utils.clip_grad_norm_(trained, args.clip)    # one norm over all that is trained
@@ -494,8 +498,8 @@ def main(args):
             os.replace(out / "checkpoint.part", checkpoint)
 
     # <method: bake>
-    # The zeros are in the weights already. Only where T - t_f T was rounded, the last zeroing may
-    # have come a little early on the cubic, and left a few weights too many: they go now.
+    # The zeros are in the weights already. But where T - t_f T was rounded down, v had not quite
+    # reached v_f at the last zeroing, and left a few weights too many: they go now.
     goal = args.sparsity
     zero_smallest(weights, goal)
     # </method>

@@ -6,7 +6,7 @@ this mask is called topK.
 
 Read magnitude.py first. It asks which weights are large. This file asks which weights fine-tuning
 pushes away from 0. Each weight has a score, which learns from the first step on, before anything is
-pruned. Each matrix keeps the weights with the highest scores.
+pruned. Each matrix (with --scope global, all together) keeps the weights of highest scores.
 
     M  = Top_v(S)           1 for the highest round(v n) of a matrix's n scores, else 0
     W' = W * M              what the layer computes with
@@ -27,8 +27,9 @@ this file cannot. --sparsity is the fraction KEPT.
 Movement can collapse. With 10 % kept on SST-2 a BERT of three layers ended at chance (50 %) after
 1,000 steps, and at an accuracy of 81 % after 10,000. The weights of lowest score are not useless:
 when the 1 % with the lowest scores were removed at once, the loss rose from 0.31 to 0.80, and a
-random 1 % cost nothing. So each cut is a wound, which training must heal before the next. What
-helps: more --steps, a shallower model, or the penalty of soft_mvp.py (results/why/README.md).
+random 1 % cost nothing. (The loss asks for a small step of each towards 0; to remove it is a long
+one.) So a cut is a wound, which training must heal before the next. What helps: more --steps, a
+shallower model, or the penalty of soft_mvp.py (results/why/README.md).
 
     python mvp.py --task squad --sparsity 0.1           without a GPU, on mini/'s made-up data, ends
     RESULT mvp squad keeps 10.00% (prunes 90.00%) EM .. F1 .. | 1000 steps .. s seed 0 | ..
@@ -60,17 +61,17 @@ import common
 # Why gradually? A pruned weight takes its share of the work with it, and the other weights need
 # some steps to take that over. Why a cubic? It is steep at first, when many weights are of little
 # use, and flat at the end, when each pruned weight is missed.
-# Official: masked_run_squad.py, lines 72-92. There t_i and t_f are multiples of the learning
-# rate's warm-up, a given number of steps, so a short run never prunes. There the first step is
-# number 1 (in masked_run_glue.py it is 0, as here).
+# Official: masked_run_squad.py, lines 72-92. There t_i and t_f are set as multiples of a fixed
+# number of warm-up steps, and a run shorter than that never starts to prune. There the first step
+# is number 1 (in masked_run_glue.py it is 0, as here).
 def schedule(step, steps, v_f, t_i, t_f):
-    """v, the fraction to keep at this step (0 to steps - 1), by eq. 5 of Sanh et al..
+    """v, the fraction to keep at this step (0 to steps - 1), by eq. 5 of Sanh et al.
 
     1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. (In a run of a few
     steps the last v may be above v_f; the slot "bake" prunes to v_f in any case.)
     """
-    ramp = max(1.0, (1 - t_i - t_f) * steps)            # in steps; one at least, never 0
-    done = (step - t_i * steps) / ramp
+    length = max(1.0, (1 - t_i - t_f) * steps)          # of the ramp, in steps; never 0
+    done = (step - t_i * steps) / length
     done = min(max(done, 0.0), 1.0)
     return v_f + (1 - v_f) * (1 - done) ** 3
 
@@ -96,7 +97,8 @@ def top_v(scores, v):
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)
     stays = flat >= threshold                           # k of them, or more where scores are equal
-    # On a GPU Python would have to wait for their number. There, equal scores are always counted.
+    # A GPU works behind Python's back: to ask for this number would mean to wait. So there equal
+    # scores are always counted off.
     if flat.is_cuda or torch.count_nonzero(stays) > k:
         above = flat > threshold
         equal = flat == threshold
@@ -120,7 +122,7 @@ def update_masks(masked, scores, v, scope="local"):
     """Write M = Top_v(scores) into the mask of each Masked module in `masked`.
 
     scores: one tensor (out, in) per matrix. local: a matrix of n weights keeps round(v n) of them.
-    global: all N weights are ranked together, round(v N) are kept, a least share in each matrix.
+    global: all N weights are ranked together, round(v N) are kept, the least shares first.
     """
     if v == 1:                                          # nothing is ranked before pruning begins
         masks = [torch.ones_like(s) for s in scores]
@@ -130,9 +132,8 @@ def update_masks(masked, scores, v, scope="local"):
         sizes = [s.numel() for s in scores]
         ranked = torch.cat([s.flatten() for s in scores])               # (N,)
         # In this copy the best of each matrix are raised to infinity: they rank before all others.
-        # With v at 0.5 % or below these can be more than round(v N) (in mini 3936, not 3932).
-        # Being equal, the first of them stay: the last matrix loses a few, from its last row
-        # upwards.
+        # Rounded up in each matrix, these can be a few more than round(v N) (at v = 0.5 % in mini
+        # 3936, not 3932). Then the surplus is cut from the end of the last matrix.
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)
@@ -157,8 +158,9 @@ def update_masks(masked, scores, v, scope="local"):
 # come back.
 #
 # Plain gradient descent at a constant rate lr_S would make S = -lr_S times the sum over all steps
-# of dL/dW' * W. We use Adam, as the paper does. It divides each step of a score by the recent size
-# of its gradients. So S tells how steadily a weight was pushed away from 0, and not how far.
+# of dL/dW' * W. We use Adam and a rate that rises and falls, as the paper does. It divides each
+# step of a score by the recent size of its gradients. So S tells how steadily a weight was pushed
+# away from 0, and not how far.
 #
 # Official: binarizer.py, lines 69-108, and masked_nn.py, line 104. There the function returns M
 # and hands the gradient of M on to S; autograd multiplies it by W.

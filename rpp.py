@@ -5,13 +5,13 @@ text was not available to us. We had its abstract, the survey of Ganesh et al., 
 (LinLabNEU/reweighted_prune4 at 3db6f142b6), and what one of us remembered of the text: that is
 marked "from memory". The other constants are ours.
 
-Pre-train a pre-trained BERT a little further on text, and prune it meanwhile. Every task then
-fine-tunes the weights that remain, the support.
+Pre-train a pre-trained BERT a little further on text, embeddings included, and prune it meanwhile.
+Every task then fine-tunes what remains, the support.
 
     minimise  f0(w) + gamma sum_i alpha_i |w_i|           f0: BERT's pre-training loss, MLM + NSP
 
 A step has two halves. Adam lowers f0 and knows nothing of pruning: w becomes a. Then each weight
-is pulled towards 0, and one that would cross 0 becomes 0. That is the proximal step:
+is pulled towards 0, survivors too, and one that would cross 0 becomes 0: the proximal step.
 
     w_i = sign(a_i) max(|a_i| - lr gamma alpha_i, 0)
 
@@ -26,8 +26,8 @@ alpha_i = 1 / (|w_i|^p + eps). From then on small weights are pulled harder than
     p, eps       min(k, 5), but 1 with --gamma; 1e-9
     recover      the last fraction of pre-training, after the rounds: nothing more is pruned
 
-From there on, and in fine-tuning, zeros stay. Most of this file is BERT's pre-training. The method
-is four short functions: prox, reweight, solve_gamma and proximal_step. --nip is the paper's
+After the rounds, and in fine-tuning, zeros stay. Most of this file is BERT's pre-training. The
+method is four short functions: prox, reweight, solve_gamma, proximal_step. --nip is the paper's
 baseline, magnitude pruning in stairs, whose zeros stay from the first stair on. --sparsity 1 is the
 control, which reads the text and prunes nothing. The last line's seconds are of fine-tuning alone.
 
@@ -77,9 +77,11 @@ def largest_to_go(x, v):
     return float(x.topk(n_go, largest=False, sorted=False).values.max())
 
 
-# Why not add gamma sum_i alpha_i |w_i| to the loss? Adam divides each gradient by its recent size.
-# A larger gamma would enlarge both alike, and the step would stay as it is. So Adam minimises f0
-# alone, and the other term is minimised exactly, near the point a that Adam has reached:
+# Why not add gamma sum_i alpha_i |w_i| to the loss? Its gradient would go through Adam, which
+# divides by the recent size of all gradients: where the term dominates, a larger gamma hardly
+# changes the step. And such steps hardly ever end at exactly 0. So Adam minimises f0 alone, and
+# the other term is minimised exactly, near the point a that Adam has reached (that lr, and not the
+# step length of Adam, weighs the two is a choice):
 #     w = argmin_x (x - a)^2 / 2 + threshold |x|,  threshold = lr gamma alpha
 # For x > 0 the slope is x - a + threshold, which is 0 at x = a - threshold, if that is above 0.
 # For x < 0 it is 0 at a + threshold, if that is below 0. Where |a| <= threshold there is neither:
@@ -664,7 +666,7 @@ def main(args):
 
         # <method: gradient>
         # Before the optimizer: a weight whose gradients were all 0 has moments of 0, and AdamW
-        # without decay leaves it at 0.
+        # leaves it at 0. (In pre-training Adam has moments from before; there zeros are restored.)
         for layer, stays in zip(layers.values(), remains):
             layer.weight.grad.mul_(stays)
         # </method>

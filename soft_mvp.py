@@ -9,7 +9,8 @@ from 0. This file ranks the scores of all matrices together (mvp.py's --scope gl
 here), so each matrix finds its own density. And it adds to the loss a penalty on the scores, which
 presses all of them down. What a penalty changes is explained at sigmoid_penalty.
 
-    M  = 1 for the highest round(v N) of all N scores, else 0; each matrix keeps its best 0.5 %
+    M  = 1 for round(v N) of all N scores, else 0: first the best 0.5 % of each matrix (or v, if
+         that is smaller), then the highest of all others
     W' = W * M              what the layer computes with
     minimise  L + lambda R(S)         R: the mean over the K matrices of each one's mean sigmoid(S)
     gradient of W:  dL/dW' * M
@@ -17,16 +18,17 @@ presses all of them down. What a penalty changes is explained at sigmoid_penalty
                                       part, p = lambda sigmoid'(S) / (K n)
 
     W, S, v, L   as in mvp.py. K: number of matrices (72 in BERT-base). n: weights in this one
-    r            1 - (1 - progress)^3: the ramp, 0 until pruning begins and 1 when it has ended
-    v            1 - (1 - v_f) r, mvp.py's cubic; v_f is --sparsity, the fraction KEPT
+    r            the ramp: 0 until pruning begins, then 1 - (1 - progress)^3, and 1 once it has
+                 ended; progress goes from 0 to 1 meanwhile. So v = 1 - (1 - v_f) r, mvp.py's cubic
+    v_f          --sparsity, the fraction KEPT
     lambda       lambda_f r
 
-Unlike the paper, you choose the fraction kept. The paper sets a threshold tau, keeps the weights
-with sigmoid(S) > tau, however many these are, and is called soft for that. The two masks agree:
-sigmoid keeps the order of scores, so our highest round(v N) are the paper's mask for one value of
-tau. `--penalty LAMBDA` runs the official code's way: tau = 0.1 r, lambda = LAMBDA r, and
---sparsity sets no goal. (On SQuAD a LAMBDA of 500 kept 13.9 %, and 1400 kept 2.6 %: the paper's
-runs.) The paper's text differs from its code: M = (S > tau), tau and lambda constant, R a sum.
+Unlike the official code, you choose the fraction kept. There a threshold tau is chosen, the weights
+with sigmoid(S) > tau stay, and their number is whatever it is: hence "soft". Sigmoid keeps the
+order of scores, so our mask of one step is theirs for some tau. `--penalty LAMBDA` runs their way:
+tau = 0.1 r, lambda = LAMBDA r, and --sparsity sets no goal. (On SQuAD a LAMBDA of 500 kept 13.9 %,
+and 1400 kept 2.6 %: the paper's runs.) The paper's text differs from their code: M = (S > tau), tau
+and lambda constant, R a sum.
 
     python soft_mvp.py --task squad --sparsity 0.03     without a GPU, on mini/'s made-up data, ends
     RESULT soft_mvp squad keeps 3.00% (prunes 97.00%) EM .. F1 .. | 1000 steps .. s seed 0 | ..
@@ -58,17 +60,17 @@ import common
 # Why gradually? A pruned weight takes its share of the work with it, and the other weights need
 # some steps to take that over. Why a cubic? It is steep at first, when many weights are of little
 # use, and flat at the end, when each pruned weight is missed.
-# Official: masked_run_squad.py, lines 72-92. There t_i and t_f are multiples of the learning
-# rate's warm-up, a given number of steps, so a short run never prunes. There the first step is
-# number 1 (in masked_run_glue.py it is 0, as here).
+# Official: masked_run_squad.py, lines 72-92. There t_i and t_f are set as multiples of a fixed
+# number of warm-up steps, and a run shorter than that never starts to prune. There the first step
+# is number 1 (in masked_run_glue.py it is 0, as here).
 def schedule(step, steps, v_f, t_i, t_f):
-    """v, the fraction to keep at this step (0 to steps - 1), by eq. 5 of Sanh et al..
+    """v, the fraction to keep at this step (0 to steps - 1), by eq. 5 of Sanh et al.
 
     1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. (In a run of a few
     steps the last v may be above v_f; the slot "bake" prunes to v_f in any case.)
     """
-    ramp = max(1.0, (1 - t_i - t_f) * steps)            # in steps; one at least, never 0
-    done = (step - t_i * steps) / ramp
+    length = max(1.0, (1 - t_i - t_f) * steps)          # of the ramp, in steps; never 0
+    done = (step - t_i * steps) / length
     done = min(max(done, 0.0), 1.0)
     return v_f + (1 - v_f) * (1 - done) ** 3
 
@@ -94,7 +96,8 @@ def top_v(scores, v):
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)
     stays = flat >= threshold                           # k of them, or more where scores are equal
-    # On a GPU Python would have to wait for their number. There, equal scores are always counted.
+    # A GPU works behind Python's back: to ask for this number would mean to wait. So there equal
+    # scores are always counted off.
     if flat.is_cuda or torch.count_nonzero(stays) > k:
         above = flat > threshold
         equal = flat == threshold
@@ -118,7 +121,7 @@ def update_masks(masked, scores, v, scope="local"):
     """Write M = Top_v(scores) into the mask of each Masked module in `masked`.
 
     scores: one tensor (out, in) per matrix. local: a matrix of n weights keeps round(v n) of them.
-    global: all N weights are ranked together, round(v N) are kept, a least share in each matrix.
+    global: all N weights are ranked together, round(v N) are kept, the least shares first.
     """
     if v == 1:                                          # nothing is ranked before pruning begins
         masks = [torch.ones_like(s) for s in scores]
@@ -128,9 +131,8 @@ def update_masks(masked, scores, v, scope="local"):
         sizes = [s.numel() for s in scores]
         ranked = torch.cat([s.flatten() for s in scores])               # (N,)
         # In this copy the best of each matrix are raised to infinity: they rank before all others.
-        # With v at 0.5 % or below these can be more than round(v N) (in mini 3936, not 3932).
-        # Being equal, the first of them stay: the last matrix loses a few, from its last row
-        # upwards.
+        # Rounded up in each matrix, these can be a few more than round(v N) (at v = 0.5 % in mini
+        # 3936, not 3932). Then the surplus is cut from the end of the last matrix.
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)
@@ -142,10 +144,11 @@ TAU_F = 0.1                                             # tau in the end, under 
 
 
 # Official: binarizer.py, lines 24-66. Nothing is cut before a score falls below logit(tau), which
-# is -2.2 for tau = 0.1. The least share is int(0.005 n) + 1 here, whatever passes.
+# is -2.2 for tau = 0.1. Here v plays no part: the least share of a matrix is always the best 0.5
+# %.
 @torch.no_grad()
 def update_masks_open(masked, scores, tau):
-    """The open loop's masks: M = (sigmoid(S) > tau), and at least the best 0.5 % of each matrix.
+    """Write the masks of --penalty: M = (sigmoid(S) > tau), and the best 0.5 % of each matrix.
 
     scores: one tensor (out, in) per matrix. How many weights stay is not known before.
     """
@@ -155,8 +158,8 @@ def update_masks_open(masked, scores, tau):
 
 # ---- how scores learn through a mask
 
-# The derivation stands in mvp.py. Official: binarizer.py, lines 24-66: the gradient skips the
-# sigmoid as well as the step, so both masks have this backward pass.
+# The derivation stands in mvp.py. The official backward pass takes 1 for the slope of the whole
+# way from S to M, sigmoid included (binarizer.py, lines 24-66). So both kinds of mask share it.
 class StraightThrough(torch.autograd.Function):
     """W' = W * M, with a backward pass that takes 1 for the slope of M in S."""
 
@@ -187,31 +190,31 @@ class Masked(nn.Module):
 
 # If the fraction kept is given, what can a penalty change? Within one matrix, while scores are
 # near 0, p is about the same for all. Plain gradient descent would lower them all alike and change
-# no order.
+# no order there.
 #
-# Our reading is that Adam makes the difference. It moves a score by about lr * mean / size of its
-# recent gradients (mean over steps; size: root mean square). Without a penalty Adam cannot tell
-# large gradients from small ones: ten times larger in every step, they move the score just as far.
-# The penalty gives it something to compare with. Let g be the size of dL/dW' * W, and let its sign
-# change from batch to batch, so that its mean is far below g:
-#     g far below p    mean / size is about 1:      the score sinks as fast as it can
-#     g far above p    mean / size is about p / g:  the score hardly sinks
-# So the weights whose removal the loss hardly feels sink first. Direction still counts: where the
-# mean of dL/dW' * W is itself larger than p, the score follows it, as in mvp.py.
+# Our reading is that Adam makes the difference. It moves a score by about -lr * mean / size of its
+# recent gradients (a running mean, and a running root mean square). Without a penalty Adam cannot
+# tell large gradients from small ones: ten times larger in every step, they move the score just as
+# far. The penalty gives it something to compare with. Let g be the size of dL/dW' * W, and m its
+# mean, which is far below g because the sign changes from batch to batch:
+#     g far below p    mean / size is about 1:            the score sinks as fast as it can
+#     g far above p    mean / size is about (m + p) / g:  the score hardly moves
+# To remove W changes the loss by about -dL/dW' * W. So weights that the loss hardly feels sink
+# first. Direction still counts: where |m| is larger than p, the score follows m, as in mvp.py.
 #
 # Measured on SST-2, in one run: the rank correlation of S with g climbs from 0.02 to 0.85 while
-# the fraction kept falls from 97 to 60 %. Without the penalty it stays at 0.02, and the run falls
-# to chance. Not shown: that the correlation is what saves the run (results/why/README.md).
+# the fraction kept falls from 97 to 60 %. In a run without the penalty it stays at 0.02, and that
+# run falls to chance. Not shown: that the correlation is what saves a run (results/why/README.md).
 #
 # The mean is taken in each matrix first. BERT's feed-forward matrices have four times the weights
-# of its attention matrices, so p is a quarter there, and under one ranking they keep more: 14 and
-# 2 % of their weights where all together keep 10 % (SST-2, one run).
+# of its attention matrices, so p is a quarter there. Under one ranking they keep more (SST-2, one
+# run, 10 % in all: 14 % of feed-forward, 2 % of attention), and this is one likely reason.
 # Official: masked_run_squad.py, lines 95-106 and 323-324.
 def sigmoid_penalty(scores):
     """R(S): the mean over matrices of the mean of sigmoid(S) in the matrix; 0.5 at the start.
 
     scores: one tensor (out, in) per matrix. The lambda before it is large because R is a mean: with
-    lambda 1000 one score of BERT-base feels p = 6e-6 in attention, 1.5e-6 in the feed-forward part.
+    lambda 1000 one score of BERT-base feels at most 6e-6 in attention, 1.5e-6 in feed-forward.
     """
     return torch.stack([torch.sigmoid(s).mean() for s in scores]).mean()
 # </method>
@@ -296,7 +299,7 @@ def flags():
     add("--scope", default="global", choices=["local", "global"],
         help="rank the scores of each matrix by themselves, or those of all matrices together")
     add("--penalty", type=number(float),
-        help="lambda of the paper's open loop: what is kept follows from it, not from --sparsity")
+        help="lambda of the official way: it decides what is kept, not --sparsity; give --out too")
     # </method>
     return parser
 
@@ -424,8 +427,8 @@ def main(args):
     masked = [Masked(layer.weight) for layer in layers.values()]
     for layer, m in zip(layers.values(), masked):
         parametrize.register_parametrization(layer, "weight", m)
-    # Here --score_lr counts: it decides how soon the penalty fades, as sigmoid(S) nears 0, and
-    # with --penalty how soon scores fall below tau. No weight decay, as in mvp.py.
+    # In mvp.py only the order of scores counts. Here the penalty's part p depends on S itself, and
+    # so does what passes tau: --score_lr counts. No weight decay, as in mvp.py.
     groups.append({"params": [m.scores for m in masked],
                    "lr": args.score_lr, "initial_lr": args.score_lr, "weight_decay": 0.0})
     # </method>
