@@ -1,17 +1,18 @@
 """Drives the runs behind the tables, and writes what they measured to results/NAME.tsv.
 
-    python results/grid.py embedded --jobs 2                   mini/: squad, mnli, qqp
-    python results/grid.py sst2 --model DIR --data DIR --corpus FILE     SST-2, a small BERT
-    python results/grid.py sst2_3000 ...                       the same, longer: a curve
-    python results/grid.py squad11 ...                         SQuAD 1.1, 6,400 questions
-    python results/grid.py cola ...                            CoLA
+    python results/grid.py mini --jobs 2                       the data in mini/: squad, mnli, qqp
+    python results/grid.py squad11 --model DIR --data DIR      SQuAD 1.1, a small real BERT
+    python results/grid.py sst2_3000 --model DIR --data DIR --corpus FILE      SST-2, 3,000 steps
+    python results/grid.py cola --model DIR --data DIR         CoLA
+    python results/grid.py why/mix                             MGPP's spike, on mini
+    python results/grid.py why/exponent                        RPP's exponent, on mini
     python results/grid.py paper --corpus FILE                 BERT-base on a GPU; never run
 
-A run that has ended (result.json in its folder under --runs) is not made again; a killed one is
-resumed; a row whose folder is not here stays as it is and counts as made. --collect makes no run.
-At the end the means over seeds are printed as a table, with the floor of results/floor.tsv: of each
-metric, the best guesser's. rpp.py pre-trains once for each fraction; its runs on the grid's other
-tasks take that support. --machine is what the rows call this machine.
+A run that has ended (result.json in its folder under --runs) is not made again. A killed one is
+resumed. A row whose folder is not here stays as it is and counts as made: to make a run again,
+delete its row. --collect makes no run. At the end the table is printed, with the floor of
+results/floor.tsv; results/tables.py puts it into the page. rpp.py pre-trains once for each fraction;
+its runs on the grid's other tasks take that support. --machine is what the rows call this machine.
 """
 import argparse
 import json
@@ -31,9 +32,17 @@ METHODS = ["magnitude", "mvp", "soft_mvp", "l0", "mgpp", "rpp"]
 VARIANTS = {
     "mvp_global": "mvp.py --scope global",
     "mgpp_L2": "mgpp.py --mix 1",
+    "mgpp_1e-12": "mgpp.py --spike 1e-12",
+    "mgpp_1e-8": "mgpp.py --spike 1e-8",
+    "mgpp_1e-6": "mgpp.py --spike 1e-6",
+    "mgpp_1e-4": "mgpp.py --spike 1e-4",
+    "mgpp_every10": "mgpp.py --interval 10",
+    "magnitude_global": "magnitude.py --scope global",
     "mvp_kd": "mvp.py",
     "soft_mvp_kd": "soft_mvp.py",
     "nip": "rpp.py --nip",
+    "rpp_2000": "rpp.py --pretrain_steps 2000",
+    "rpp_p1": "results/why/proximal.py --p 1 --pretrain_steps 2000",
     "dense_3e-5": "magnitude.py --lr 3e-5",
     "dense_1e-4": "magnitude.py --lr 1e-4",
     "dense_2e-4": "magnitude.py --lr 2e-4",
@@ -42,9 +51,10 @@ DENSE = ["magnitude"]
 TEACHER = ["mvp_kd", "soft_mvp_kd"]
 BEFORE_MVP = ["magnitude", "soft_mvp", "l0", "mgpp", "mgpp_L2", "mvp"]
 RPP = ["rpp"]
+SPIKES = ["mgpp_1e-12", "mgpp_1e-8", "mgpp_1e-6", "mgpp_1e-4"]
 # name: [(task, fraction kept, seeds, columns)]
 GRIDS = {
-    "embedded": [
+    "mini": [
         ("squad", 1, 3, DENSE),
         ("squad", 0.1, 3, [*METHODS, "mvp_global"]),
         ("squad", 0.03, 3, [*METHODS, "mvp_global"]),
@@ -52,7 +62,6 @@ GRIDS = {
         ("squad", 0.1, 2, ["nip"]),
         ("squad", 0.03, 2, TEACHER),
     ],
-    "sst2": [("sst2", 1, 3, DENSE)],
     "sst2_3000": [
         ("sst2", 1, 1, ["dense_3e-5", "dense_1e-4"]),
         ("sst2", 1, 3, DENSE),
@@ -64,31 +73,42 @@ GRIDS = {
     ],
     "cola": [
         ("cola", 1, 1, ["dense_3e-5", "dense_2e-4", *DENSE]),
-        ("cola", 0.3, 1, ["magnitude", "soft_mvp", "mgpp", "mgpp_L2"]),
+        ("cola", 0.3, 1, ["magnitude", "soft_mvp", "mgpp", "mgpp_L2", "magnitude_global",
+                          "mgpp_every10"]),
         ("cola", 0.1, 1, ["magnitude", "soft_mvp", "mgpp"]),
+    ],
+    "why/mix": [
+        ("squad", 0.1, 3, ["mgpp", "mgpp_L2"]),
+        ("squad", 0.03, 3, ["mgpp", "mgpp_L2", *SPIKES]),
+    ],
+    "why/exponent": [
+        ("squad", 0.1, 3, ["rpp_2000", "rpp_p1"]),
+        ("squad", 0.4, 3, ["rpp_2000", "rpp_p1"]),
     ],
     "paper": [],
 }
 for task in ("mnli", "qqp"):
-    GRIDS["embedded"] += [(task, 1, 1, DENSE), (task, 0.03, 1, METHODS), (task, 0.4, 1, RPP)]
-for v in (0.1, 0.03):
-    GRIDS["sst2"] += [("cola", v, 1, RPP), ("sst2", v, 3, METHODS + TEACHER)]
+    GRIDS["mini"] += [(task, 1, 1, DENSE), (task, 0.03, 1, METHODS), (task, 0.4, 1, RPP)]
 for v in (0.1, 0.3, 0.2, 0.05, 0.15, 0.03):
     GRIDS["sst2_3000"] += [("cola", v, 1, RPP), ("sst2", v, 3, BEFORE_MVP + RPP)]
 for task in ("sst2", "squad"):
     GRIDS["paper"] += [(task, 1, 3, DENSE), (task, 0.1, 3, METHODS + TEACHER),
                        (task, 0.03, 3, METHODS + TEACHER)]
 # grid: the task whose rpp runs pre-train; on real text CoLA, the smallest
-SUPPORT = {"embedded": "squad", "sst2": "cola", "sst2_3000": "cola", "paper": "sst2"}
+SUPPORT = {"mini": "squad", "sst2_3000": "cola", "paper": "sst2"}
+MINI = "--preset mini --device cpu"
 FLAGS = {
-    "embedded": "--preset mini --device cpu",
-    "sst2": "--preset paper --device cpu --steps 1200 --lr 3e-5",
+    "mini": MINI,
+    "why/mix": MINI,
+    "why/exponent": MINI,
     "sst2_3000": "--preset paper --device cpu --steps 3000 --lr 2e-4",
     "squad11": "--preset paper --device cpu --steps 800 --batch_size 8 --lr 2e-4",
     "cola": "--preset paper --device cpu --steps 800 --lr 1e-4",
     "paper": "--preset paper --device cuda",
     ("rpp", "cola"): "--preset paper --device cpu --steps 600 --batch_size 16 --lr 3e-4",
 }
+# the metric that a table shows; all stand in the rows
+SHOWN = {"squad": "F1", "mnli": "acc", "qqp": "acc", "sst2": "acc", "cola": "mcc"}
 HEADER = ("method task sparsity seed kept_% scores steps seconds threads torch transformers "
           "machine commit command").split()
 
@@ -116,12 +136,12 @@ def command(args, run):
             words += [f"--{flag}", getattr(args, flag)]
     if column.endswith("_kd"):
         words += ["--teacher", str(folder(args, ("magnitude", task, 1, seed)))]
-    own = args.grid == "embedded" and v < 0.4           # each seed pre-trains there
+    own = args.grid == "mini" and v < 0.4           # each seed pre-trains there
     first = ("rpp", SUPPORT.get(args.grid, task), v, seed if own else 0)
     if column == "rpp" and run != first:
         words += ["--support", str(folder(args, first))]
     elif script == "rpp.py":
-        if args.grid == "embedded":
+        if args.grid == "mini":
             words += ["--pretrain_steps", "2000" if own else "4000"]
         if args.corpus:
             words += ["--corpus", args.corpus]
@@ -172,46 +192,52 @@ def row_of(args, run):
         str(result["threads"]),
         result["versions"]["torch"],
         result["versions"]["transformers"],
-        args.machine,
+        args.machine or result.get("card") or f"{os.uname().machine}, {os.cpu_count()} cores",
         " ".join(sorted(commits)),
         " ".join(words).replace(args.runs, "out"),
     ]
     return dict(zip(HEADER, cells))
 
 
-def floors(world):
-    """{task: of each metric the best guesser's}"""
-    best = {}
-    for line in (RESULTS / "floor.tsv").read_text().splitlines()[1:]:
-        data, task, _, scores, _ = line.split("\t")
-        if data == world:
-            values = [float(x) for x in scores.split()[1::2]]
-            best[task] = np.maximum(values, best.get(task, values))
-    return best
+def score(task, scores):
+    """90.5 of "EM 88.0 F1 90.5"."""
+    words = scores.split()
+    return float(words[words.index(SHOWN[task]) + 1])
 
 
-def slashed(values):
-    return " / ".join(f"{x:.1f}" for x in values)
+def floor(world, task):
+    """The best guesser's score."""
+    lines = [line.split("\t") for line in (RESULTS / "floor.tsv").read_text().splitlines()]
+    return max(score(task, line[3]) for line in lines if line[:2] == [world, task])
 
 
-def print_table(args, rows):
-    cells = {}
+def mean(values):
+    """The mean and its seeds: "70.1 (27, 91, 92)"."""
+    text = f"{np.mean(values):.1f}"
+    if len(values) > 1:
+        text += f" ({', '.join(f'{x:.0f}' for x in values)})"
+    return text
+
+
+def table(grid, rows):
+    """A line for each column of the grid, a column for each task and fraction; dense runs first."""
+    values = {}
     for (column, task, v, _), row in rows.items():
-        values = [float(x) for x in row[5].split()[1::2]]
-        cells.setdefault((task, v), {}).setdefault(column, []).append(values)
-    columns = list(dict.fromkeys(column for column, *_ in rows))
-    floor = floors("embedded" if args.grid == "embedded" else "real")
-    print("| task, kept | floor | " + " | ".join(columns) + " |")
-    print("|---" * (len(columns) + 2) + "|")
-    for (task, v), of_column in cells.items():
-        texts = [f"{task}, {100 * v:g} %", slashed(floor[task])]
-        for column in columns:
-            text = ""
-            if column in of_column:
-                runs = of_column[column]
-                text = f"{slashed(np.mean(runs, axis=0))} ({len(runs)})"
-            texts.append(text)
-        print("| " + " | ".join(texts) + " |")
+        values.setdefault((column, task, v), []).append(score(task, row[5]))
+    places = sorted({(task, v) for _, task, v in values if v < 1},
+                    key=lambda place: (list(SHOWN).index(place[0]), -place[1]))
+    world = "mini" if grid in ("mini", "why/mix", "why/exponent") else "real"
+    lines = [["", *(f"{task}, {100 * v:g} %" for task, v in places)],
+             ["---"] * (len(places) + 1),
+             ["floor", *(f"{floor(world, task):.1f}" for task, _ in places)]]
+    known = dict.fromkeys(column for column, _, v in values if v < 1)
+    for dense in dict.fromkeys(column for column, _, v in values if v == 1):
+        name = "dense" if dense == "magnitude" else dense
+        lines.append([name, *(mean(values[dense, task, 1]) for task, _ in places)])
+    for column in sorted(known, key=[*METHODS, *VARIANTS].index):
+        cells = [values.get((column, *place)) for place in places]
+        lines.append([column, *(mean(cell) if cell else "" for cell in cells)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main():
@@ -224,7 +250,7 @@ def main():
     add("--runs", default="out")
     add("--jobs", type=int, default=1)
     add("--collect", action="store_true")
-    add("--machine", default=f"{os.uname().machine}, {os.cpu_count()} cores")
+    add("--machine")
     args = parser.parse_args()
     path = RESULTS / f"{args.grid}.tsv"
     header, rows = read(path)
@@ -245,7 +271,7 @@ def main():
             rows[run] = [row[name] for name in header]          # an older file has no machine
     lines = ["\t".join(row) for row in [header, *rows.values()]]
     path.write_text("\n".join(lines) + "\n")
-    print_table(args, rows)
+    print(table(args.grid, rows))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Why hard movement pruning falls to chance, and what soft movement's penalty does.
 
 One call is one run of mvp.py or soft_mvp.py, with a few of its names replaced from outside. It
-measures at chosen shares kept, prints a table and appends it to results/why.tsv, whose last column
-is the command. The findings stand in results/README.md.
+measures at chosen shares kept, and appends its rows to results/why/why.tsv, whose last column is the
+command. The findings stand in results/why/README.md.
 
-Run   python results/why.py --name squad:plain mvp --task squad --sparsity 0.1 --seed 1
+Run   python results/why/why.py --name squad:plain mvp --task squad --sparsity 0.1 --seed 1
       The script's own command line follows its name. Before it:
       --name E:V      experiment and variant, as the rows will call them
       --order X       rank by X, not by the scores: random (fixed), size (the sum of squares of
@@ -37,7 +37,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 COLUMNS = ["experiment", "variant", "task", "seed", "steps", "step", "kept", "loss", "back",
            "norm", "speed", "size", "move", "steady", "metrics", "command"]
@@ -249,7 +249,7 @@ def main():
         print("stopped")
     known = {"experiment": experiment, "variant": variant, "task": args.task, "seed": args.seed,
              "steps": args.steps, "metrics": metrics, "command": command}
-    with open(ROOT / "results" / "why.tsv", "a") as f:
+    with open(Path(__file__).with_suffix(".tsv"), "a") as f:
         table = csv.DictWriter(f, COLUMNS, delimiter="\t", lineterminator="\n")
         if f.tell() == 0:
             table.writeheader()

@@ -1,6 +1,6 @@
 """What MGPP's spike does to a weight under AdamW, measured inside a run of mgpp.py.
 
-    python results/spike.py [mgpp.py's flags]         appends to results/spike.tsv
+    python results/why/spike.py [mgpp.py's flags]     appends to results/why/spike.tsv
 
 A row for every tenth zeroing. Since the zeroing before it (10 steps in the mini preset):
 thrown    weights that moved by more than 10 learning rates, % of all
@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 import mgpp  # noqa: E402
 
-TSV = ROOT / "results" / "spike.tsv"
+TSV = Path(__file__).with_suffix(".tsv")
 COLUMNS = ["kept", "thrown", "still", "back", "inside", "scores", "command"]
 zero_smallest = mgpp.zero_smallest
 lr_factor = mgpp.lr_factor
@@ -65,7 +65,7 @@ if __name__ == "__main__":
     rows.pop()                          # the bake zeroes once more: nothing has moved by then
     metrics = json.loads((Path(args.out) / "result.json").read_text())["metrics"]
     scores = " ".join(f"{name} {value:.2f}" for name, value in metrics.items())
-    command = " ".join(["python results/spike.py", *sys.argv[1:]])
+    command = " ".join(["python results/why/spike.py", *sys.argv[1:]])
     if not TSV.exists():
         TSV.write_text("\t".join(COLUMNS) + "\n")
     with open(TSV, "a") as file:
