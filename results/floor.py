@@ -1,6 +1,6 @@
 """The floor of every task: what a model gets that has understood nothing.
 
-    python results/floor.py --data mini            the embedded world
+    python results/floor.py --data mini            the data in mini/
     python results/floor.py --data DIR             real data, those tasks that DIR has
 
 Guessers for classification: the most frequent class of the training file; for QQP and MRPC also
@@ -225,28 +225,28 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     args = parser.parse_args()
-    world = "real"
+    source = "real"
     shown = "DIR"
     if args.data.resolve() == common.MINI:
-        world = "embedded"
+        source = "mini"
         shown = "mini"
     rows = [line.split("\t") for line in TSV.read_text().split("\n")[1:-1]]
     classified = common.TASKS.keys() - {"squad", "stsb"}
     for task in [*common.TASKS, "generate"]:
         if task == "squad" and (args.data / task).exists():
             scores = squad(args.data)
-        elif task == "generate" and world == "embedded":
+        elif task == "generate" and source == "mini":
             scores = generation(args.data / task)
         elif task in classified and (args.data / common.TASKS[task].folder).exists():
             scores = classification(task, args.data)
         else:
             continue
-        rows = [row for row in rows if row[:2] != [world, task]]
+        rows = [row for row in rows if row[:2] != [source, task]]
         for guesser, metrics in scores.items():
             text = " ".join(f"{name} {value:.2f}" for name, value in metrics.items())
             command = f"python results/floor.py --data {shown}"
-            rows.append([world, task, guesser, text, command])
-            print(world, task, guesser, text, sep="  ", flush=True)
+            rows.append([source, task, guesser, text, command])
+            print(source, task, guesser, text, sep="  ", flush=True)
     header = ["data", "task", "guesser", "scores", "command"]
     lines = ["\t".join(row) for row in [header, *rows]]
     TSV.write_text("\n".join(lines) + "\n")

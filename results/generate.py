@@ -48,10 +48,10 @@ def run_l2_clip(flags):
 
 
 def run_soft_mvp_local(flags):
-    """Run the example with soft movement; the floor of each matrix is all that it may keep."""
+    """Run the example with soft movement; the least share of a matrix is all that it may keep."""
     import generate
 
-    generate.floor = lambda n: 1.0
+    generate.least_share = lambda n: 1.0
     generate.main(generate.flags().parse_args(["--method", "soft_mvp", *flags]))
 
 

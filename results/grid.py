@@ -11,8 +11,9 @@
 A run that has ended (result.json in its folder under --runs) is not made again. A killed one is
 resumed. A row whose folder is not here stays as it is and counts as made: to make a run again,
 delete its row. --collect makes no run. At the end the table is printed, with the floor of
-results/floor.tsv; results/tables.py puts it into the page. rpp.py pre-trains once for each fraction;
-its runs on the grid's other tasks take that support. --machine is what the rows call this machine.
+results/floor.tsv; results/tables.py puts it into the page. rpp.py pre-trains once for each
+fraction; its runs on the grid's other tasks take that support. --machine is what the rows call
+this machine.
 """
 import argparse
 import json
@@ -212,7 +213,9 @@ def floor(world, task):
 
 
 def mean(values):
-    """The mean and its seeds: "70.1 (27, 91, 92)"."""
+    """The mean and its seeds: "70.1 (91, 27, 92)"; "" without runs."""
+    if not values:
+        return ""
     text = f"{np.mean(values):.1f}"
     if len(values) > 1:
         text += f" ({', '.join(f'{x:.0f}' for x in values)})"
@@ -230,13 +233,12 @@ def table(grid, rows):
     lines = [["", *(f"{task}, {100 * v:g} %" for task, v in places)],
              ["---"] * (len(places) + 1),
              ["floor", *(f"{floor(world, task):.1f}" for task, _ in places)]]
-    known = dict.fromkeys(column for column, _, v in values if v < 1)
     for dense in dict.fromkeys(column for column, _, v in values if v == 1):
         name = "dense" if dense == "magnitude" else dense
-        lines.append([name, *(mean(values[dense, task, 1]) for task, _ in places)])
-    for column in sorted(known, key=[*METHODS, *VARIANTS].index):
-        cells = [values.get((column, *place)) for place in places]
-        lines.append([column, *(mean(cell) if cell else "" for cell in cells)])
+        lines.append([name, *(mean(values.get((dense, task, 1))) for task, _ in places)])
+    pruned = {column for column, _, v in values if v < 1}
+    for column in sorted(pruned, key=[*METHODS, *VARIANTS].index):
+        lines.append([column, *(mean(values.get((column, *place))) for place in places)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

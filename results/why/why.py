@@ -1,22 +1,22 @@
 """Why hard movement pruning falls to chance, and what soft movement's penalty does.
 
 One call is one run of mvp.py or soft_mvp.py, with a few of its names replaced from outside. It
-measures at chosen shares kept, and appends its rows to results/why/why.tsv, whose last column is the
-command. The findings stand in results/why/README.md.
+measures at chosen shares kept, and appends its rows to results/why/why.tsv, whose last column is
+the command. The findings stand in results/why/README.md.
 
 Run   python results/why/why.py --name squad:plain mvp --task squad --sparsity 0.1 --seed 1
       The script's own command line follows its name. Before it:
       --name E:V      experiment and variant, as the rows will call them
       --order X       rank by X, not by the scores: random (fixed), size (the sum of squares of
-                      dL/dW' * W)
+                      dL/dW' * W), weight (|W|)
       --penalty L     add soft movement's penalty, ramped to L, to the gradient of the scores
       --eps E         Adam's eps for the scores; 1000 with --score_lr 10 is SGD with momentum
       --every K       find the masks at every K-th step only
       --official      keep int(v n); learn nothing at the first step
       --hyper JSON    replace the script's constants: '{"t_i": 0.1}'
       --stop V        end the run once at most V is kept
-      --probe STEP    train densely until STEP, then learn nothing more: remove weights in four
-                      orders and measure the loss, a mean of eight batches
+      --probe STEP    train densely until STEP, then learn nothing more: remove weights in five
+                      orders, and measure the loss of the same 40 batches without dropout
       --part X        with --probe: take only the fraction X of each weight away
 
 Columns: step, kept · loss: mean of the last ten cross-entropies · back: share of the kept weights
@@ -43,8 +43,10 @@ COLUMNS = ["experiment", "variant", "task", "seed", "steps", "step", "kept", "lo
            "norm", "speed", "size", "move", "steady", "metrics", "command"]
 SHARES = [0.9999, 0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.101, 0.07, 0.05,
           0.031]
-ORDERS = ["movement", "back to front", "random", "size"]
-PROBED = [(order, v) for order in ORDERS for v in (0.999, 0.99, 0.95, 0.9, 0.8, 0.6)]
+ORDERS = ["movement", "back to front", "random", "size", "weight"]
+PROBED = [("movement", 1.0)]
+PROBED += [(order, v) for order in ORDERS for v in (0.999, 0.99, 0.95, 0.9, 0.8, 0.6)]
+BATCHES = 40
 
 
 class Stop(Exception):
@@ -73,6 +75,7 @@ class Watch:
         self.losses = []
         self.rows = []
         self.shares = SHARES
+        self.batches = {}                                           # those of --probe
 
     def begin(self, scores):
         generator = torch.Generator().manual_seed(0)
@@ -110,34 +113,37 @@ class Watch:
             return self.squares
         if order == "back to front":
             return [-s for s in self.scores]
+        if order == "weight":
+            return [m.seen.detach().abs() for m in self.masked]
         return self.scores
 
-    def update_masks(self, masked, scores, v, *scope):
+    def update_masks(self, masked, scores, v, *scope, **named):
+        self.masked = masked
         if not self.scores:
             self.begin(scores)
         options = self.options
         if options.probe and self.step >= options.probe:
-            self.probe(masked, *scope)
+            self.probe(masked, *scope, **named)
             self.step += 1
             return
         if options.probe:
             v = 1
         self.ramp = (1 - v) / (1 - self.args.sparsity)
         if self.step % options.every == 0 or self.step == self.args.steps:
-            self.original(masked, self.ranking(options.order), v, *scope)
+            self.original(masked, self.ranking(options.order), v, *scope, **named)
         self.measure([m.mask.bool() for m in masked], v)
         self.step += 1
 
-    def probe(self, masked, *scope):
-        case, batch = divmod(self.step - self.options.probe, 8)
+    def probe(self, masked, *scope, **named):
+        case, batch = divmod(self.step - self.options.probe, BATCHES)
         if case and batch == 0:
             order, v = PROBED[case - 1]
-            self.row(v, loss=sum(self.losses[-8:]) / 8)
+            self.row(v, loss=sum(self.losses[-BATCHES:]) / BATCHES)
             self.rows[-1]["variant"] = order
         if case == len(PROBED):
             raise Stop
         order, v = PROBED[case]
-        self.original(masked, self.ranking(order), v, *scope)
+        self.original(masked, self.ranking(order), v, *scope, **named)
         for m in masked:
             m.mask.copy_(1 - self.options.part * (1 - m.mask))
 
@@ -179,10 +185,23 @@ def patch(module, watch):
     if hasattr(module, "sigmoid_penalty"):
         watch.own = module.HYPER["mini"]["*"]["lambda_f"]           # the same in all presets
     top_v = module.top_v
+    task_loss = module.task_loss
+    forward = module.Masked.forward
     cross_entropy = torch.nn.functional.cross_entropy
 
     def int_top_v(scores, v):
         return top_v(scores, int(v * scores.numel()) / scores.numel())
+
+    def repeated_task_loss(net, batch, teacher):
+        place = watch.step - 1 - options.probe                      # update_masks has counted on
+        if options.probe and place >= 0:
+            net.eval()
+            batch = watch.batches.setdefault(place % BATCHES, batch)
+        return task_loss(net, batch, teacher)
+
+    def seen_forward(m, weight):
+        m.seen = weight
+        return forward(m, weight)
 
     def recorded_cross_entropy(*inputs, **kw):
         loss = cross_entropy(*inputs, **kw)
@@ -202,6 +221,8 @@ def patch(module, watch):
                 super().step()
 
     module.update_masks = watch.update_masks
+    module.task_loss = repeated_task_loss
+    module.Masked.forward = seen_forward
     if options.official:
         module.top_v = int_top_v
     torch.optim.AdamW = AdamW

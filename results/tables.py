@@ -1,0 +1,266 @@
+"""Puts the tables into results/README.md and results/why/README.md, from rows in .tsv files.
+
+    python results/tables.py
+
+In a page a table stands between the marks <!-- NAME --> and <!-- /NAME -->. A test holds that both
+pages are what this script makes of them.
+"""
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+RESULTS = Path(__file__).resolve().parent
+PAGES = [RESULTS / "README.md", RESULTS / "why" / "README.md"]
+sys.path.insert(0, str(RESULTS))
+import bench  # noqa: E402
+import grid  # noqa: E402
+
+KEPT = [98, 92, 85, 70, 60, 45, 25, 13]         # the columns of losses in speed.tsv
+
+
+def read(name):
+    """[{column: cell}]"""
+    header, *lines = (RESULTS / name).read_text().splitlines()
+    return [dict(zip(header.split("\t"), line.split("\t"))) for line in lines]
+
+
+def markdown(header, lines):
+    lines = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+
+
+def values(scores):
+    """[12.5, 15.0] of "EM 12.5 F1 15.0"."""
+    return [float(x) for x in scores.split()[1::2]]
+
+
+# ---- results/README.md
+
+def floors():
+    """Each metric's best guesser: on mini, then on real data."""
+    best = {}
+    for row in read("floor.tsv"):
+        words = row["scores"].split()
+        for metric, value in zip(words[::2], map(float, words[1::2])):
+            place = row["data"], row["task"], metric
+            best[place] = max(best.get(place, (-1, "")), (value, row["guesser"]))
+    return markdown(["data", "task", "metric", "floor", "guesser"], [
+        [data, task, metric, f"{value:.1f}", guesser]
+        for (data, task, metric), (value, guesser) in sorted(best.items())])
+
+
+def generation():
+    """The mean EM with its seeds, and the mean of each ROUGE."""
+    runs = {}
+    for row in read("generate.tsv"):
+        runs.setdefault((row["method"], float(row["sparsity"])), []).append(values(row["scores"]))
+    floor = max(values(row["scores"]) for row in read("floor.tsv") if row["task"] == "generate")
+    lines = [["floor", *(f"{x:.1f}" for x in floor)]]
+    for method, v in sorted(runs, key=lambda run: -run[1]):
+        em, *rouge = zip(*runs[method, v])
+        name = method if v == 1 else f"{method}, {100 * v:g} %"
+        lines.append([name, grid.mean(em), *(f"{np.mean(x):.1f}" for x in rouge)])
+    return markdown(["", "EM", "ROUGE-1", "ROUGE-2", "ROUGE-L"], lines)
+
+
+def order():
+    """SST-2, three layers, 10,000 steps of 16: accuracy."""
+    runs = {}
+    for row in read("why/speed.tsv"):
+        if (row["layers"], row["steps"]) == ("3", "10000"):
+            name = "dense" if row["kept"] == "1" else row["script"]
+            runs.setdefault((name, row["kept"]), []).append(float(row["acc"]))
+    lines = [["floor", *[f"{grid.floor('real', 'sst2'):.1f}"] * 2]]
+    if ("dense", "1") in runs:
+        lines.append(["dense", *[grid.mean(runs["dense", "1"])] * 2])
+    for method in grid.METHODS:
+        cells = [runs.get((method, v)) for v in ("0.1", "0.03")]
+        if any(cells):
+            lines.append([method, *(grid.mean(cell) for cell in cells)])
+    return markdown(["", "sst2, 10 %", "sst2, 3 %"], lines)
+
+
+# ---- results/why/README.md
+
+def movement_runs():
+    """All runs of mvp.py to 10 % on SST-2, those of earlier.tsv with a star."""
+    runs = []
+    for row in read("why/speed.tsv"):
+        if (row["script"], row["kept"], row["seed"]) == ("mvp", "0.1", "0"):
+            runs.append(row | {"batch": 16, "lr": "3e-5", "t_i": 0.05, "t_f": 0.3, "star": ""})
+    runs += [row | {"star": " *"} for row in read("why/earlier.tsv")]
+    for run in runs:
+        for name in ("layers", "steps", "t_i", "t_f", "batch"):
+            run[name] = float(run[name])
+        run["cut"] = run["steps"] * (1 - run["t_i"] - run["t_f"])
+        seen = [float(run[f"loss_{k}"]) for k in KEPT if run[f"loss_{k}"]]
+        last = run["loss_end"] or (seen[-1] if seen else 0.69)
+        run["holds"] = float(last) < 0.6
+    return sorted(runs, key=lambda run: (run["layers"], run["cut"], float(run["lr"])))
+
+
+def shown(cell):
+    return f"{float(cell):.2f}".lstrip("0") if cell else ""
+
+
+def map_of_speed():
+    lines = []
+    for run in movement_runs():
+        losses = [shown(run[f"loss_{k}"]) for k in [*KEPT, "end"]]
+        accuracy = f"{float(run['acc']):.1f}" if run["acc"] else ""
+        lines.append([f"{run['layers']:.0f}{run['star']}",
+                      f"{run['steps']:,.0f} x {run['batch']:.0f}, {run['lr']}",
+                      f"{run['cut']:,.0f}", *losses, accuracy, "yes" if run["holds"] else "no"])
+    return markdown(["layers", "steps x batch, lr", "to cut", *(f"{k} %" for k in KEPT), "end",
+                     "accuracy", "holds"], lines)
+
+
+# what might predict whether a run holds
+def slowness(run, power):
+    return run["cut"] / run["layers"] ** power
+
+
+RULES = {
+    "steps to cut": lambda run: run["cut"],
+    "steps to cut / layers": lambda run: slowness(run, 1),
+    "steps to cut / layers^2": lambda run: slowness(run, 2),
+    "steps to cut / layers^2.3": lambda run: slowness(run, 2.3),
+    "steps to cut / layers^3": lambda run: slowness(run, 3),
+    "examples while cutting / layers^2.3": lambda run: run["batch"] * slowness(run, 2.3),
+    "lr x steps to cut": lambda run: float(run["lr"]) * run["cut"],
+    "lr x steps to cut / layers^2.3": lambda run: float(run["lr"]) * slowness(run, 2.3),
+    "lr x steps before the first cut / layers":
+        lambda run: float(run["lr"]) * run["steps"] * run["t_i"] / run["layers"],
+    "minus the loss at 92 % kept": lambda run: -float(run["loss_92"] or "nan"),
+}
+# BERT-base on SQuAD, 10 %: 55,000 steps, of which 38,800 cut
+PAPER = {"layers": 12, "steps": 55000, "batch": 16, "lr": "3e-5", "t_i": 0.1, "t_f": 0.2,
+         "cut": 38800, "holds": True, "loss_92": ""}
+
+
+def brief(x):
+    """Three digits: 38,800, 0.0195; nothing for nan."""
+    if x != x:
+        return ""
+    return f"{float(f'{x:.3g}'):,.0f}" if abs(x) >= 100 else f"{x:.3g}"
+
+
+def bounds(number, runs):
+    """(the highest of the runs that fall, the lowest of those that hold)"""
+    fell, held = ([x for run in runs if run["holds"] == holds and (x := number(run)) == x]
+                  for holds in (False, True))
+    return max(fell), min(held)
+
+
+def rules():
+    runs = movement_runs()
+    lines = []
+    for name, number in RULES.items():
+        verdicts = []
+        for chosen in (runs, [*runs, PAPER]):
+            fell, held = bounds(number, chosen)
+            verdicts.append("yes" if fell < held else "no")
+        cells = [brief(x) for x in (*bounds(number, runs), number(PAPER))]
+        lines.append([name, *cells, *verdicts])
+    powers = []
+    for power in np.arange(0, 4, 0.01):
+        fell, held = bounds(lambda run, power=power: slowness(run, power), [*runs, PAPER])
+        if fell < held:
+            powers.append(power)
+    between = "No power of the layers splits all runs."
+    if powers:
+        between = (f"Powers of the layers from {powers[0]:.2f} to {powers[-1]:.2f} split all runs, "
+                   "the paper's included.")
+    header = ["number", "highest that falls", "lowest that holds", "the paper's run",
+              "splits our runs", "and the paper's"]
+    return f"{markdown(header, lines)}\n\n{between}"
+
+
+def probes():
+    """What it costs to remove weights from a dense model that no longer learns."""
+    lines = []
+    names = {"movement": "lowest movement", "back to front": "highest movement",
+             "random": "random", "size": "smallest gradient x weight"}
+    rows = [row for row in read("why/why.tsv") if "--probe 100 mvp" in row["command"]]
+    for order, name in names.items():
+        losses = {float(row["kept"]): row["loss"] for row in rows if row["variant"] == order}
+        lines.append([name, *(shown(losses[v]) for v in (0.999, 0.99, 0.95, 0.8, 0.6))])
+    return markdown(["removed first", "0.1 %", "1 %", "5 %", "20 %", "40 %"], lines)
+
+
+def what_helps():
+    """One change at a time in the run of 1,200 steps."""
+    names = {"plain": "as it is", "penalty": "soft movement's penalty added",
+             "random": "masks in a fixed random order", "size": "masks by gradient x weight",
+             "sgd": "scores learned by SGD", "official": "the official t_i, t_f and warm-up",
+             "every25": "masks found every 25 steps", "V=0.5": "to 50 % instead of 10 %",
+             "slow": "12,000 steps"}
+    lines = []
+    for variant, name in names.items():
+        rows = [row for row in read("why/why.tsv")
+                if (row["experiment"], row["variant"]) == ("falls", variant)]
+        cells = [f"{shown(row['loss'])} at {100 * float(row['kept']):.0f} %" for row in
+                 (min(rows, key=lambda row: abs(float(row["kept"]) - 0.93)), rows[-1])]
+        lines.append([name, *cells])
+    return markdown(["variant", "loss near 93 % kept", "the last loss measured"], lines)
+
+
+def penalty():
+    """Correlations of the scores with size and with movement."""
+    names = {"1000": "lambda_f = 1000", "0": "lambda_f = 0",
+             "sgd1000": "lambda_f = 1000, scores by SGD", "sgd0": "lambda_f = 0, scores by SGD"}
+    lines = []
+    for variant, name in names.items():
+        rows = [row for row in read("why/why.tsv")
+                if (row["experiment"], row["variant"]) == ("soft", variant)]
+        cells = [f"{shown(row['size'])} / {shown(row['move'])}" for row in rows]
+        lines.append([name, *cells, *[""] * (6 - len(cells)), shown(rows[-1]["loss"])])
+    return markdown(["soft_mvp.py, 10 %", *(f"{k} % kept" for k in (97, 93, 87, 78, 70, 60)),
+                     "last loss"], lines)
+
+
+def ranking():
+    lines = []
+    for row in read("why/ranking.tsv"):
+        kept = f"{float(row['kept_%']):g}"
+        lines.append([f"{row['task']}, {kept} %", row["method"], row["attention_%"],
+                      row["feed-forward_%"], f"{grid.score(row['task'], row['scores']):.1f}",
+                      f"{grid.floor('real', row['task']):.1f}"])
+    return markdown(["task, kept", "method", "attention", "feed-forward", "score", "floor"], lines)
+
+
+def spike():
+    """Runs with and without the spike, side by side."""
+    runs = {}
+    for row in read("why/spike.tsv"):
+        runs.setdefault(row["kept"], []).append(row)
+    names = ("thrown", "still", "inside")
+    return markdown(["kept", *(f"{name}, {run}" for name in names for run in ("spike", "L2"))], [
+        [f"{kept} %", *(row[name] for name in names for row in pair)]
+        for kept, pair in runs.items()])
+
+
+TABLES = {
+    "floors": floors, "order": order, "generate": generation, "map": map_of_speed, "rules": rules,
+    "probes": probes, "what helps": what_helps, "penalty": penalty, "ranking": ranking,
+    "spike": spike, "papers": bench.papers,
+}
+
+
+def table(name):
+    if name in TABLES:
+        return TABLES[name]()
+    return grid.table(name, grid.read(RESULTS / f"{name}.tsv")[1])
+
+
+def fill(text):
+    """The page with each table made anew."""
+    return re.sub(r"(<!-- ([^/].*?) -->\n).*?(<!-- /\2 -->)",
+                  lambda found: f"{found[1]}\n{table(found[2])}\n\n{found[3]}", text, flags=re.S)
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(fill(page.read_text()))

@@ -1,0 +1,48 @@
+"""The pages of results/: their tables are made of the rows, their figures stand in the tables."""
+import importlib.util
+import re
+
+import pytest
+from conftest import ROOT
+
+spec = importlib.util.spec_from_file_location("tables", ROOT / "results" / "tables.py")
+tables = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tables)
+TEXT = {page.parent.name: page.read_text() for page in tables.PAGES}
+
+
+@pytest.mark.parametrize("page", TEXT)
+def test_tables_are_made_of_the_rows(page):
+    assert tables.fill(TEXT[page]) == TEXT[page], "run: python results/tables.py"
+
+
+def test_each_table_stands_once():
+    marked = re.findall(r"<!-- ([^/].*?) -->", "".join(TEXT.values()))
+    grids = [name for name in tables.grid.GRIDS if name != "paper"]
+    assert sorted(marked) == sorted([*tables.TABLES, *grids])
+
+
+def test_figures_in_the_text_stand_in_tables():
+    """Each mean with its seeds, 70.1 (91, 27, 92), and each figure of the findings but errors."""
+    names = re.findall(r"<!-- ([^/].*?) -->", "".join(TEXT.values()))
+    cells = "".join(tables.table(name) for name in [*names, "why/sst2_1200"])
+    text = re.sub(r"<!-- (.*?) -->.*?<!-- /\1 -->", "", "".join(TEXT.values()), flags=re.S)
+    for mean in re.findall(r"\d+\.\d \([\d, ]+\)", text):
+        assert mean in cells
+    cells += (ROOT / "results" / "why" / "why.tsv").read_text()
+    findings = TEXT["results"].split("## Findings")[1].split("\n## ")[0]
+    for figure in re.findall(r"(?<!± )\b\d+\.\d\b", findings):
+        assert re.search(rf"\b{re.escape(figure)}\b", cells), figure
+
+
+@pytest.mark.parametrize("page, link", [(page, link) for page in TEXT for link in
+                                        re.findall(r"\]\((?!http)([^)]+)\)", TEXT[page])])
+def test_links(page, link):
+    path, _, anchor = link.partition("#")
+    folder = next(p.parent for p in tables.PAGES if p.parent.name == page)
+    target = folder / path if path else folder / "README.md"
+    assert target.exists()
+    if anchor:
+        headings = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
+        anchors = [re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in headings]
+        assert anchor in anchors
