@@ -2,10 +2,10 @@
 
     pip install -r figures/requirements.txt
     python figures/draw.py                          score.png and prior.png
-    python figures/draw.py --runs out/embedded      and those that look into saved models
+    python figures/draw.py --runs out/mini      and those that look into saved models
 
 score.png      What fraction of the dense score remains when a fraction of the weights is kept?
-               The papers (PAPERS below), the embedded questions (results/embedded.tsv), and SQuAD
+               The papers (PAPERS below), mini's questions (results/mini.tsv), and SQuAD
                with a small real BERT (results/squad11.tsv). Lines join means, hollow marks are
                single seeds. Grey: below the floor, what a guesser gets that has understood nothing
                (results/floor.tsv)
@@ -17,8 +17,8 @@ remains.png    The values of the weights that remain (its Fig. 4a)
 layers.png     The fraction kept in each layer and in each kind of matrix (its Fig. 6)
 
 The last three read RUNS/METHOD-squad-0.03-s0/model.safetensors, and movement.png also
-RUNS/magnitude-squad-1-s0, the dense run. Each run's command is in its row of results/embedded.tsv:
-add `--out RUNS/METHOD-squad-0.03-s0`. (`results/grid.py embedded` makes only runs without a row.)
+RUNS/magnitude-squad-1-s0, the dense run. Each run's command is in its row of results/mini.tsv:
+add `--out RUNS/METHOD-squad-0.03-s0`. (`results/grid.py mini` makes only runs without a row.)
 A picture is left out if a run that it needs is absent; layers.png draws the methods that are there.
 """
 import argparse
@@ -153,8 +153,8 @@ def draw_score():
         lines[method] = {kept: [100 * f1 / dense] for kept, f1 in points.items()}
     papers = PAPERS["magnitude"][0]
     draw_panel(axes[0], "The papers: SQuAD, BERT-base", "F1", papers, floor("real", "squad"), lines)
-    dense, lines = curves(read_tsv("embedded.tsv"), "squad")
-    draw_panel(axes[1], "Embedded world: questions", "F1", dense, floor("embedded", "squad"), lines)
+    dense, lines = curves(read_tsv("mini.tsv"), "squad")
+    draw_panel(axes[1], "mini: questions", "F1", dense, floor("mini", "squad"), lines)
     rows = read_tsv("squad11.tsv")
     dense, lines = curves(rows, "squad")
     title = f"Real data: SQuAD, MiniLM, {rows[0]['steps']} steps"
@@ -267,7 +267,7 @@ def draw_layers(pruned):
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, help="folder of the runs of grid.py embedded")
+    parser.add_argument("--runs", type=Path, help="folder of the runs of grid.py mini")
     parser.add_argument("--out", type=Path, default=ROOT / "figures")
     args = parser.parse_args()
     figures = {"score": draw_score(), "prior": draw_prior()}
