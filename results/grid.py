@@ -223,7 +223,10 @@ def mean(values):
 
 
 def table(grid, rows):
-    """A line for each column of the grid, a column for each task and fraction; dense runs first."""
+    """A line for each column of the grid, a column for each task and fraction; dense runs first.
+
+    The other way round if each run has one seed: the cells are short then.
+    """
     values = {}
     for (column, task, v, _), row in rows.items():
         values.setdefault((column, task, v), []).append(score(task, row[5]))
@@ -231,7 +234,6 @@ def table(grid, rows):
                     key=lambda place: (list(SHOWN).index(place[0]), -place[1]))
     world = "mini" if grid in ("mini", "why/mix", "why/exponent") else "real"
     lines = [["", *(f"{task}, {100 * v:g} %" for task, v in places)],
-             ["---"] * (len(places) + 1),
              ["floor", *(f"{floor(world, task):.1f}" for task, _ in places)]]
     for dense in dict.fromkeys(column for column, _, v in values if v == 1):
         name = "dense" if dense == "magnitude" else dense
@@ -239,6 +241,9 @@ def table(grid, rows):
     pruned = {column for column, _, v in values if v < 1}
     for column in sorted(pruned, key=[*METHODS, *VARIANTS].index):
         lines.append([column, *(mean(values.get((column, *place))) for place in places)])
+    if max(map(len, values.values())) == 1:
+        lines = list(zip(*lines))
+    lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

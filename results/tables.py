@@ -133,7 +133,7 @@ RULES = {
     "lr x steps to cut / layers^2.3": lambda run: float(run["lr"]) * slowness(run, 2.3),
     "lr x steps before the first cut / layers":
         lambda run: float(run["lr"]) * run["steps"] * run["t_i"] / run["layers"],
-    "minus the loss at 92 % kept": lambda run: -float(run["loss_92"] or "nan"),
+    "loss at 92 % kept, negated": lambda run: -float(run["loss_92"] or "nan"),
 }
 # BERT-base on SQuAD, 10 %: 55,000 steps, of which 38,800 cut
 PAPER = {"layers": 12, "steps": 55000, "batch": 16, "lr": "3e-5", "t_i": 0.1, "t_f": 0.2,
