@@ -66,20 +66,29 @@ def generation():
 
 
 def order():
-    """SST-2, three layers, 10,000 steps of 16: accuracy."""
+    """SST-2, three layers, 10,000 steps of 16: accuracy, and its distance from magnitude's."""
     runs = {}
     for row in read("why/speed.tsv"):
         if (row["layers"], row["steps"]) == ("3", "10000"):
             name = "dense" if row["kept"] == "1" else row["script"]
             runs.setdefault((name, row["kept"]), []).append(float(row["acc"]))
-    lines = [["floor", *[f"{grid.floor('real', 'sst2'):.1f}"] * 2]]
-    if ("dense", "1") in runs:
-        lines.append(["dense", *[grid.mean(runs["dense", "1"])] * 2])
+
+    def distance(method, v):
+        if method == "magnitude" or (method, v) not in runs or ("magnitude", v) not in runs:
+            return ""
+        means = [np.mean(runs[name, v]) for name in (method, "magnitude")]
+        error = sum(mean * (100 - mean) / 872 for mean in means) ** 0.5
+        return f"{means[0] - means[1]:+.1f} ± {error:.1f}"
+
+    floor = f"{grid.floor('real', 'sst2'):.1f}"
+    dense = grid.mean(runs.get(("dense", "1")))
+    lines = [["floor", floor, "", floor, ""], ["dense", dense, "", dense, ""]]
     for method in grid.METHODS:
-        cells = [runs.get((method, v)) for v in ("0.1", "0.03")]
+        cells = [cell for v in ("0.1", "0.03")
+                 for cell in (grid.mean(runs.get((method, v))), distance(method, v))]
         if any(cells):
-            lines.append([method, *(grid.mean(cell) for cell in cells)])
-    return markdown(["", "sst2, 10 %", "sst2, 3 %"], lines)
+            lines.append([method, *cells])
+    return markdown(["", "sst2, 10 %", "minus magnitude", "sst2, 3 %", "minus magnitude"], lines)
 
 
 # ---- results/why/README.md
@@ -180,14 +189,22 @@ def rules():
 
 def probes():
     """What it costs to remove weights from a dense model that no longer learns."""
-    lines = []
     names = {"movement": "lowest movement", "back to front": "highest movement",
-             "random": "random", "size": "smallest gradient x weight"}
-    rows = [row for row in read("why/why.tsv") if "--probe 100 mvp" in row["command"]]
-    for order, name in names.items():
-        losses = {float(row["kept"]): row["loss"] for row in rows if row["variant"] == order}
-        lines.append([name, *(shown(losses[v]) for v in (0.999, 0.99, 0.95, 0.8, 0.6))])
-    return markdown(["removed first", "0.1 %", "1 %", "5 %", "20 %", "40 %"], lines)
+             "random": "random", "size": "smallest gradient x weight", "weight": "smallest weight"}
+    losses = {}                                 # {(run, order): {kept: loss}}
+    for row in read("why/why.tsv"):
+        words = row["command"].split()
+        if "--probe" in words and "--part" not in words:
+            given = {word: words[place + 1] for place, word in enumerate(words[:-1])}
+            layers = given["--model"].removeprefix("LAYERS").replace("MODEL", "6")
+            run = f"{layers} layers, lr {given['--lr']}, step {int(given['--probe']):,}"
+            losses.setdefault((run, row["variant"]), {})[float(row["kept"])] = shown(row["loss"])
+    lines = []
+    for (run, order), loss in losses.items():
+        before = losses[run, "movement"].get(1.0, "")
+        cells = [loss[v] for v in (0.999, 0.99, 0.95, 0.8, 0.6)]
+        lines.append([run, names[order], before, *cells])
+    return markdown(["model", "removed first", "0", "0.1 %", "1 %", "5 %", "20 %", "40 %"], lines)
 
 
 def what_helps():

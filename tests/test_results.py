@@ -1,4 +1,5 @@
 """The pages of results/: their tables are made of the rows, their figures stand in the tables."""
+import importlib
 import importlib.util
 import re
 
@@ -33,6 +34,23 @@ def test_figures_in_the_text_stand_in_tables():
     findings = TEXT["results"].split("## Findings")[1].split("\n## ")[0]
     for figure in re.findall(r"(?<!± )\b\d+\.\d\b", findings):
         assert re.search(rf"\b{re.escape(figure)}\b", cells), figure
+
+
+# what the scripts in results/ put something else in the place of
+REPLACED = {
+    "mvp": "update_masks top_v task_loss lr_factor Masked HYPER",
+    "soft_mvp": "update_masks top_v task_loss lr_factor Masked HYPER sigmoid_penalty",
+    "mgpp": "zero_smallest lr_factor task_loss HYPER",
+    "rpp": "solve_gamma largest_to_go HYPER",
+    "magnitude": "update_masks Masked task_loss lr_factor",
+    "l0": "task_loss lr_factor",
+}
+
+
+@pytest.mark.parametrize("script", REPLACED)
+def test_names_that_the_investigations_replace(script):
+    module = importlib.import_module(script)
+    assert all(hasattr(module, name) for name in REPLACED[script].split())
 
 
 @pytest.mark.parametrize("page, link", [(page, link) for page in TEXT for link in
