@@ -241,7 +241,7 @@ def table(grid, rows):
     pruned = {column for column, _, v in values if v < 1}
     for column in sorted(pruned, key=[*METHODS, *VARIANTS].index):
         lines.append([column, *(mean(values.get((column, *place))) for place in places)])
-    if max(map(len, values.values())) == 1:
+    if max(map(len, values.values()), default=0) == 1:
         lines = list(zip(*lines))
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
