@@ -4,11 +4,10 @@
     python results/generate.py magnitude --sparsity 0.1 --seed 0 --out FOLDER              one run
     python results/generate.py l2 --sparsity 0.1 --seed 0 --out FOLDER                     one run
 
-Four methods are not in the example and come from this file. magnitude: magnitude.py's masks take
+Three methods are not in the example and come from this file. magnitude: magnitude.py's masks take
 the place of soft movement's, and the penalty is 0. l2: MGPP without the spike (mix = 1). l2_clip:
-the same, with gradients clipped to norm 1 as in the other methods. soft_mvp_local: soft movement
-in which each matrix keeps the same fraction. A finished run (result.json under --runs) is not made
-again.
+the same, with gradients clipped to norm 1 as in the other methods. soft_mvp_local is the example's
+--scope local. A finished run (result.json under --runs) is not made again.
 """
 import argparse
 import json
@@ -47,14 +46,6 @@ def run_l2_clip(flags):
     run_l2(flags)
 
 
-def run_soft_mvp_local(flags):
-    """Run the example with soft movement; the least share of a matrix is all that it may keep."""
-    import generate
-
-    generate.least_share = lambda n: 1.0
-    generate.main(generate.flags().parse_args(["--method", "soft_mvp", *flags]))
-
-
 def run_magnitude(flags):
     """Run the example with magnitude.py's masks."""
     import generate
@@ -69,7 +60,7 @@ def run_magnitude(flags):
             self.ranked = [weight]
             self.scores = nn.Parameter(torch.zeros(1))
 
-    def update_masks(masked, _, v):
+    def update_masks(masked, _, v, scope):
         sizes = [m.ranked[0].detach().abs() for m in masked]
         magnitude.update_masks(masked, sizes, v, "local")
 
@@ -80,8 +71,7 @@ def run_magnitude(flags):
     generate.main(args)
 
 
-OWN = {"magnitude": run_magnitude, "l2": run_l2, "l2_clip": run_l2_clip,
-       "soft_mvp_local": run_soft_mvp_local}
+OWN = {"magnitude": run_magnitude, "l2": run_l2, "l2_clip": run_l2_clip}
 
 
 def row_of(out, method, sparsity, seed, words):
@@ -113,7 +103,9 @@ def main():
     for seed in ("0", "1", "2"):                # one seed of everything, then the second
         for method, sparsity in wanted:
             out = (args.runs / f"{method}-{sparsity}-s{seed}").resolve()
-            words = ["examples/generate.py", "--method", method]
+            words = ["examples/generate.py", "--method", method.removesuffix("_local")]
+            if method == "soft_mvp_local":
+                words += ["--scope", "local"]
             if method in OWN:
                 words = ["results/generate.py", method]
             words += ["--sparsity", sparsity, "--seed", seed]
