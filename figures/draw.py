@@ -5,7 +5,7 @@
     python figures/draw.py score            one of them
 
 Drawn from files of the repository:
-score.png      F1 against the fraction kept: the papers (PAPERS below), mini (results/embedded.tsv)
+score.png      F1 against the fraction kept: the papers (PAPERS below), mini (results/mini.tsv)
 runs.png       loss and fraction kept, step by step (figures/logs/)
 speed.png      hard movement's loss while it prunes, by depth and steps (results/why/speed.tsv)
 scores.png     movement's scores against the weights (figures/scores.npz, from figures/watch.py)
@@ -100,7 +100,7 @@ def f1(row):
 
 
 def floor(data):
-    """The F1 of the best guesser on the questions of data: "real" or "embedded"."""
+    """The F1 of the best guesser on the questions of data: "real" or "mini"."""
     rows = read_tsv(ROOT / "results" / "floor.tsv")
     return max(f1(row) for row in rows if row["data"] == data and row["task"] == "squad")
 
@@ -176,7 +176,7 @@ def save(figure, path):
 def draw_score(runs):
     fig, axes = panels("With few weights left magnitude falls, learned scores hold",
                        2, 5.3, sharey=True)
-    rows = read_tsv(ROOT / "results" / "embedded.tsv")
+    rows = read_tsv(ROOT / "results" / "mini.tsv")
     rows = [row for row in rows if row["task"] == "squad"]
     ours = {}
     for row in rows:
@@ -187,7 +187,7 @@ def draw_score(runs):
               for method, points in PAPERS.items()}
     parts = (
         (axes[0], "The papers: SQuAD, BERT-base", PAPERS_DENSE, floor("real"), papers),
-        (axes[1], "Here: mini, three seeds (small marks)", dense, floor("embedded"), ours))
+        (axes[1], "Here: mini, three seeds (small marks)", dense, floor("mini"), ours))
     for ax, title, top, lowest, lines in parts:
         ends = {}
         for method, (name, colour, mark) in METHODS.items():

@@ -11,7 +11,7 @@
 A run that has ended (result.json in its folder under --runs) is not made again. A killed one is
 resumed. A row whose folder is not here stays as it is and counts as made: to make a run again,
 delete its row. --collect makes no run. At the end the table is printed, with the floor of
-results/floor.tsv; results/tables.py puts it into the page. rpp.py pre-trains once for each
+results/floor.tsv; results/why/tables.py puts it into the page. rpp.py pre-trains once for each
 fraction; its runs on the grid's other tasks take that support. --machine is what the rows call
 this machine.
 """

@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import ROOT
 
-spec = importlib.util.spec_from_file_location("tables", ROOT / "results" / "tables.py")
+spec = importlib.util.spec_from_file_location("tables", ROOT / "results" / "why" / "tables.py")
 tables = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tables)
 TEXT = {page.parent.name: page.read_text() for page in tables.PAGES}
@@ -14,7 +14,7 @@ TEXT = {page.parent.name: page.read_text() for page in tables.PAGES}
 
 @pytest.mark.parametrize("page", TEXT)
 def test_tables_are_made_of_the_rows(page):
-    assert tables.fill(TEXT[page]) == TEXT[page], "run: python results/tables.py"
+    assert tables.fill(TEXT[page]) == TEXT[page], "run: python results/why/tables.py"
 
 
 def test_each_table_stands_once():

@@ -1,6 +1,6 @@
 """Puts the tables into results/README.md and results/why/README.md, from rows in .tsv files.
 
-    python results/tables.py
+    python results/why/tables.py
 
 In a page a table stands between the marks <!-- NAME --> and <!-- /NAME -->. A test holds that both
 pages are what this script makes of them.
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-RESULTS = Path(__file__).resolve().parent
+RESULTS = Path(__file__).resolve().parent.parent
 PAGES = [RESULTS / "README.md", RESULTS / "why" / "README.md"]
 sys.path.insert(0, str(RESULTS))
 import bench  # noqa: E402
