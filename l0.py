@@ -20,7 +20,8 @@ probability that the gate is open (z > 0). This probability has a gradient, and 
     beta         temperature, 2/3. gamma, zeta: -0.1 and 1.1
     v            fraction to keep at this step, on magnitude.py's cubic; --sparsity is the last
     k            fraction of all weights whose gate is open without noise (`share` in the code)
-    h            k / v - 1 (`excess`). mu1, mu2: multipliers, 0 at the start
+    h            k / v - 1 (`excess`). A count has no slope: h takes its value from k, and its
+                 gradient from E / v. mu1, mu2: multipliers, 0 at the start
 
 Why noise? A gate that is shut passes no gradient of the loss. With noise it opens now and then, so
 its weight can come back. To count, to evaluate and to save there is neither noise nor beta:
@@ -95,8 +96,8 @@ def kth_largest(x, k):
     return x.topk(k, sorted=False).values.min()
 
 
-# Official: binarizer.py, lines 95-103. It sorts in each forward pass, keeps int(v n), and leaves
-# open which of equal scores stay.
+# Official: binarizer.py, lines 95-103. That code sorts in each forward pass, keeps int(v n), and
+# leaves open which of equal scores stay.
 def top_v(scores, v):
     """Top_v: True for the highest round(v n) of all n scores, of equal ones the first, row by row.
 
@@ -172,7 +173,7 @@ def open_gates(scores):
 
 
 def share_kept(scores):
-    """k: the fraction of all weights whose gate is open without noise."""
+    """k, as a float: the fraction of all weights whose gate is open without noise."""
     return float(open_gates(scores)) / sum(s.numel() for s in scores)
 
 
@@ -180,8 +181,8 @@ def share_kept(scores):
 def close_gap(scores, v):
     """Move the scores nearest to the threshold just across it: round(v N) of all N then exceed it.
 
-    Scores of gates to be opened are raised to 0.001 above the threshold, those of gates to be
-    closed lowered to 0.001 below. Returns how many more are open than before.
+    One at least. Afterwards each gate that stays is at least 0.001 above the threshold, and each
+    other one at least 0.001 below. Returns how many more are open than before, maybe below 0.
     """
     before = int(open_gates(scores))
     stays = top_v(torch.cat([s.flatten() for s in scores]), v)          # (N,)
@@ -277,14 +278,17 @@ def flags():
 # ---- the run
 
 def lr_factor(step, steps, warmup, lr_end):
-    """The learning rate as a fraction of its peak: up (never 0), then down to lr_end, linearly."""
+    """lr as a fraction of its peak: up in warmup * steps steps, then down to lr_end, linearly.
+
+    The first step has one part of the rise, not 0.
+    """
     rise = (step + 1) / max(1, warmup * steps)
     fall = (1 - lr_end) * (steps - step) / max(1, steps - warmup * steps)
     return min(1.0, rise, lr_end + fall)
 
 
 # Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; these are the
-# paper's. SQuAD has two distributions, of start and end: their KLs are averaged.
+# paper's. SQuAD has two distributions, of start and end: their KLs, each in fp32, are averaged.
 def task_loss(net, batch, teacher, temperature=2.0):
     """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student).
 

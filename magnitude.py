@@ -86,8 +86,8 @@ def kth_largest(x, k):
     return x.topk(k, sorted=False).values.min()
 
 
-# Official: binarizer.py, lines 95-103. It sorts in each forward pass, keeps int(v n), and leaves
-# open which of equal scores stay.
+# Official: binarizer.py, lines 95-103. That code sorts in each forward pass, keeps int(v n), and
+# leaves open which of equal scores stay.
 def top_v(scores, v):
     """Top_v: True for the highest round(v n) of all n scores, of equal ones the first, row by row.
 
@@ -111,7 +111,7 @@ def top_v(scores, v):
 # through it any more. So each keeps at least its best 0.5 %, or v, if v is smaller.
 # Official: binarizer.py, line 53.
 def least_share(n):
-    """The least fraction that a matrix of n weights keeps under one ranking, about 0.5 %."""
+    """The least share of a matrix of n weights, as a fraction: int(0.005 n) + 1 of them."""
     return (int(0.005 * n) + 1) / n
 
 
@@ -132,8 +132,8 @@ def update_masks(masked, scores, v, scope="local"):
         sizes = [s.numel() for s in scores]
         ranked = torch.cat([s.flatten() for s in scores])               # (N,)
         # In this copy the best of each matrix are raised to infinity: they rank before all others.
-        # Rounded up in each matrix, these can be a few more than round(v N) (at v = 0.5 % in mini
-        # 3936, not 3932). Then the surplus is cut from the end of the last matrix.
+        # Rounded in each matrix, these can be more than round(v N) (at v = 0.5 % in mini 3936,
+        # not 3932). Then the surplus is cut from the end, in the last matrices.
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)
@@ -242,14 +242,17 @@ def flags():
 # ---- the run
 
 def lr_factor(step, steps, warmup, lr_end):
-    """The learning rate as a fraction of its peak: up (never 0), then down to lr_end, linearly."""
+    """lr as a fraction of its peak: up in warmup * steps steps, then down to lr_end, linearly.
+
+    The first step has one part of the rise, not 0.
+    """
     rise = (step + 1) / max(1, warmup * steps)
     fall = (1 - lr_end) * (steps - step) / max(1, steps - warmup * steps)
     return min(1.0, rise, lr_end + fall)
 
 
 # Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; these are the
-# paper's. SQuAD has two distributions, of start and end: their KLs are averaged.
+# paper's. SQuAD has two distributions, of start and end: their KLs, each in fp32, are averaged.
 def task_loss(net, batch, teacher, temperature=2.0):
     """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student).
 

@@ -84,7 +84,10 @@ def schedule(step, steps, v_f, t_i, t_f):
 
 # Official: MWA.py, lines 189-206. There the first zeroing comes after t_i T + 1 steps.
 def fraction_left(step, steps, v_f, t_i, t_f, v_i):
-    """v, the fraction left by a zeroing after `step` steps: 1 before t_i, then v_i and down."""
+    """v, the fraction left by a zeroing after `step` steps: 1 before t_i, then from v_i down.
+
+    Where v_i is below v_f, it is v_f from the first zeroing on.
+    """
     if step < t_i * steps:
         return 1.0
     # with a v_f of 0 schedule goes from 1 down to 0
@@ -138,8 +141,8 @@ def kth_largest(x, k):
     return x.topk(k, sorted=False).values.min()
 
 
-# Official: binarizer.py, lines 95-103. It sorts in each forward pass, keeps int(v n), and leaves
-# open which of equal scores stay.
+# Official: binarizer.py, lines 95-103. That code sorts in each forward pass, keeps int(v n), and
+# leaves open which of equal scores stay.
 def top_v(scores, v):
     """Top_v: True for the highest round(v n) of all n scores, of equal ones the first, row by row.
 
@@ -263,14 +266,17 @@ def flags():
 # ---- the run
 
 def lr_factor(step, steps, warmup, lr_end):
-    """The learning rate as a fraction of its peak: up (never 0), then down to lr_end, linearly."""
+    """lr as a fraction of its peak: up in warmup * steps steps, then down to lr_end, linearly.
+
+    The first step has one part of the rise, not 0.
+    """
     rise = (step + 1) / max(1, warmup * steps)
     fall = (1 - lr_end) * (steps - step) / max(1, steps - warmup * steps)
     return min(1.0, rise, lr_end + fall)
 
 
 # Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; these are the
-# paper's. SQuAD has two distributions, of start and end: their KLs are averaged.
+# paper's. SQuAD has two distributions, of start and end: their KLs, each in fp32, are averaged.
 def task_loss(net, batch, teacher, temperature=2.0):
     """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student).
 

@@ -65,7 +65,7 @@ import common
 def largest_to_go(x, v):
     """The largest element (>= 0) of a flat tensor to remove, so that round(v n) of n are left.
 
-    One is left at least. Elements equal to this limit go too: with ties fewer are left.
+    A float; 0.0 where none has to go. One is left at least. Elements equal to this limit go too.
     """
     n_go = len(x) - max(1, round(v * len(x)))
     if n_go == 0:
@@ -107,8 +107,8 @@ def reweight(w, p, eps):
 def solve_gamma(weights, alphas, v, lr):
     """The gamma at which the proximal step leaves round(v N) of all N weights.
 
-    A weight goes where |a| <= lr gamma alpha, so where |a| / alpha <= lr gamma. Rounding and equal
-    quotients can shift the count by a few. weights, alphas: one tensor (out, in) per matrix.
+    A float. A weight goes where |a| <= lr gamma alpha, so where |a| / alpha <= lr gamma. Rounding
+    can shift the count by one or two; of equal quotients all go. weights, alphas: (out, in) each.
     """
     quotients = [(a.abs() / alpha).flatten() for a, alpha in zip(weights, alphas)]
     return largest_to_go(torch.cat(quotients), v) / lr
@@ -338,14 +338,17 @@ def flags():
 # ---- the run
 
 def lr_factor(step, steps, warmup, lr_end):
-    """The learning rate as a fraction of its peak: up (never 0), then down to lr_end, linearly."""
+    """lr as a fraction of its peak: up in warmup * steps steps, then down to lr_end, linearly.
+
+    The first step has one part of the rise, not 0.
+    """
     rise = (step + 1) / max(1, warmup * steps)
     fall = (1 - lr_end) * (steps - step) / max(1, steps - warmup * steps)
     return min(1.0, rise, lr_end + fall)
 
 
 # Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; these are the
-# paper's. SQuAD has two distributions, of start and end: their KLs are averaged.
+# paper's. SQuAD has two distributions, of start and end: their KLs, each in fp32, are averaged.
 def task_loss(net, batch, teacher, temperature=2.0):
     """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student).
 

@@ -67,20 +67,25 @@ HYPER = dict(
 # ---- copied from mgpp.py: <method: definitions>
 
 def schedule(step, steps, v_f, t_i, t_f):
-    """v, the fraction to keep at this step (0 to steps - 1), after eq. 5 of the movement paper.
+    """v, the fraction to keep at this step (0 to steps - 1), by eq. 5 of Sanh et al.
 
-    1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps.
+    1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. (In a run of a few
+    steps the last v may be above v_f; the slot "bake" prunes to v_f in any case.)
     """
-    ramp = max(1.0, (1 - t_i - t_f) * steps)            # in steps; one at least, never 0
-    done = (step - t_i * steps) / ramp
+    length = max(1.0, (1 - t_i - t_f) * steps)          # of the ramp, in steps; never 0
+    done = (step - t_i * steps) / length
     done = min(max(done, 0.0), 1.0)
     return v_f + (1 - v_f) * (1 - done) ** 3
 
 
 def fraction_left(step, steps, v_f, t_i, t_f, v_i):
-    """v, the fraction that a zeroing after `step` steps leaves: 1 before t_i, from v_i on it."""
+    """v, the fraction left by a zeroing after `step` steps: 1 before t_i, then from v_i down.
+
+    Where v_i is below v_f, it is v_f from the first zeroing on.
+    """
     if step < t_i * steps:
         return 1.0
+    # with a v_f of 0 schedule goes from 1 down to 0
     return v_f + (max(v_i, v_f) - v_f) * schedule(step, steps, 0.0, t_i, t_f)
 
 
@@ -108,7 +113,7 @@ def kth_largest(x, k):
     n = len(x)
     if x.device.type == "cpu":                          # numpy selects without a sort
         return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
-    if k > n // 2:                                      # topk stores all it finds: the shorter side
+    if k > n // 2:                                      # topk is for few: from the other end
         return x.topk(n - k + 1, largest=False, sorted=False).values.max()
     return x.topk(k, sorted=False).values.min()
 
@@ -122,7 +127,8 @@ def top_v(scores, v):
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)
     stays = flat >= threshold                           # k of them, or more where scores are equal
-    # A GPU would have to wait for that number. There, equal scores are counted off each time.
+    # A GPU works behind Python's back: to ask for this number would mean to wait. So there equal
+    # scores are always counted off.
     if flat.is_cuda or torch.count_nonzero(stays) > k:
         above = flat > threshold
         equal = flat == threshold
@@ -146,16 +152,16 @@ def zero_smallest(weights, v):
 # ---- copied from soft_mvp.py: <method: definitions>, without the open loop; top_v is above
 
 def least_share(n):
-    """The least fraction that a matrix of n weights keeps under one ranking, about 0.5 %."""
+    """The least share of a matrix of n weights, as a fraction: int(0.005 n) + 1 of them."""
     return (int(0.005 * n) + 1) / n
 
 
 @torch.no_grad()
 def update_masks(masked, scores, v, scope="local"):
-    """Write M = Top_v(scores) into the mask of each module in `masked`.
+    """Write M = Top_v(scores) into the mask of each Masked module in `masked`.
 
     scores: one tensor (out, in) per matrix. local: a matrix of n weights keeps round(v n) of them.
-    global: all N weights are ranked together, round(v N) are kept, and no matrix is emptied.
+    global: all N weights are ranked together, round(v N) are kept, the least shares first.
     """
     if v == 1:                                          # nothing is ranked before pruning begins
         masks = [torch.ones_like(s) for s in scores]
@@ -164,9 +170,9 @@ def update_masks(masked, scores, v, scope="local"):
     else:
         sizes = [s.numel() for s in scores]
         ranked = torch.cat([s.flatten() for s in scores])               # (N,)
-        # The best of each matrix rise to infinity, and so rank before all others. With v at 0.5 %
-        # or below they can be a few more than round(v N) (in mini 3936, not 3932). As they are
-        # equal, top_v keeps the first: the last matrix loses a few, from its last row upwards.
+        # In this copy the best of each matrix are raised to infinity: they rank before all others.
+        # Rounded in each matrix, these can be more than round(v N) (at v = 0.5 % in mini 3936,
+        # not 3932). Then the surplus is cut from the end, in the last matrices.
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)
@@ -204,7 +210,7 @@ def sigmoid_penalty(scores):
     """R(S): the mean over matrices of the mean of sigmoid(S) in the matrix; 0.5 at the start.
 
     scores: one tensor (out, in) per matrix. The lambda before it is large because R is a mean: with
-    lambda 1000 one score of BERT-base feels p = 6e-6 in attention, 1.5e-6 in the feed-forward part.
+    lambda 1000 one score of BERT-base feels at most 6e-6 in attention, 1.5e-6 in feed-forward.
     """
     return torch.stack([torch.sigmoid(s).mean() for s in scores]).mean()
 
@@ -362,15 +368,15 @@ def main(args):
     if args.method == "mgpp":
         # ---- copied from mgpp.py: <method: setup>
         if not layers:
-            raise SystemExit("there is no layer to prune: it takes modules with a matrix `weight`")
+            raise SystemExit("`layers` is empty: nothing would be pruned")
         weights = [layer.weight for layer in layers.values()]   # W: (out, in) each, pruned in place
         groups[0] |= args.adam
-        first_zeroing = math.ceil(args.t_i * args.steps)        # after so many steps
-        last_zeroing = round((1 - args.t_f) * args.steps)
+        begin = math.ceil(args.t_i * args.steps)                # steps done at the first zeroing
+        end = round((1 - args.t_f) * args.steps)                # and at the last
     if args.method == "soft_mvp":
         # ---- copied from soft_mvp.py: <method: setup>
         if not layers:
-            raise SystemExit("there is no layer to prune: it takes modules with a matrix `weight`")
+            raise SystemExit("`layers` is empty: nothing would be pruned")
         # From here on each read of layer.weight calls Masked.forward: the layer computes with
         # W * M. This comes before the optimizer and DDP, which must find the parameters as they
         # will stay.
@@ -388,13 +394,13 @@ def main(args):
     for step in range(args.steps):
         if args.method == "mgpp":
             # ---- copied from mgpp.py: <method: before forward>
-            # What happens after this step is decided here, where v is due.
-            t = step + 1                                        # zeroing comes after the step
-            pruning = step < last_zeroing
-            due = pruning and (t % args.interval == 0 or t in (first_zeroing, last_zeroing))
+            # Decided here; the zeroing itself comes after the step.
+            t = step + 1                                        # steps done by then
+            pruning = t <= end                                  # up to the last zeroing
+            due = t in (begin, end) or (begin < t < end and t % args.interval == 0)
             v = fraction_left(t, args.steps, args.sparsity, args.t_i, args.t_f, args.v_i)
             if pruning and not due:
-                v = None                                    # between two zeroings there is no goal
+                v = None                                    # no goal until the next zeroing
         if args.method == "soft_mvp":
             # ---- copied from soft_mvp.py: <method: before forward>
             # Masks first, so that this step's loss and gradients are those of the pruned network.
@@ -428,7 +434,7 @@ def main(args):
                     pull = prior_gradient(w.detach(), lam, args.spike, args.slab)
                     w.grad.add_(pull, alpha=1 / n)
             else:
-                remains = [w != 0 for w in weights]         # (out, in) each: zeros are final now
+                remains = [w != 0 for w in weights]         # before AdamW moves them
         else:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -44,12 +44,13 @@ MINI = Path(__file__).resolve().parent.parent / "mini"
 # ---- copied from soft_mvp.py: <method: definitions>, without the open loop
 
 def schedule(step, steps, v_f, t_i, t_f):
-    """v, the fraction to keep at this step (0 to steps - 1), after eq. 5 of the movement paper.
+    """v, the fraction to keep at this step (0 to steps - 1), by eq. 5 of Sanh et al.
 
-    1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps.
+    1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. (In a run of a few
+    steps the last v may be above v_f; the slot "bake" prunes to v_f in any case.)
     """
-    ramp = max(1.0, (1 - t_i - t_f) * steps)            # in steps; one at least, never 0
-    done = (step - t_i * steps) / ramp
+    length = max(1.0, (1 - t_i - t_f) * steps)          # of the ramp, in steps; never 0
+    done = (step - t_i * steps) / length
     done = min(max(done, 0.0), 1.0)
     return v_f + (1 - v_f) * (1 - done) ** 3
 
@@ -59,7 +60,7 @@ def kth_largest(x, k):
     n = len(x)
     if x.device.type == "cpu":                          # numpy selects without a sort
         return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
-    if k > n // 2:                                      # topk stores all it finds: the shorter side
+    if k > n // 2:                                      # topk is for few: from the other end
         return x.topk(n - k + 1, largest=False, sorted=False).values.max()
     return x.topk(k, sorted=False).values.min()
 
@@ -73,7 +74,8 @@ def top_v(scores, v):
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)
     stays = flat >= threshold                           # k of them, or more where scores are equal
-    # A GPU would have to wait for that number. There, equal scores are counted off each time.
+    # A GPU works behind Python's back: to ask for this number would mean to wait. So there equal
+    # scores are always counted off.
     if flat.is_cuda or torch.count_nonzero(stays) > k:
         above = flat > threshold
         equal = flat == threshold
@@ -83,16 +85,16 @@ def top_v(scores, v):
 
 
 def least_share(n):
-    """The least fraction that a matrix of n weights keeps under one ranking, about 0.5 %."""
+    """The least share of a matrix of n weights, as a fraction: int(0.005 n) + 1 of them."""
     return (int(0.005 * n) + 1) / n
 
 
 @torch.no_grad()
 def update_masks(masked, scores, v, scope="local"):
-    """Write M = Top_v(scores) into the mask of each module in `masked`.
+    """Write M = Top_v(scores) into the mask of each Masked module in `masked`.
 
     scores: one tensor (out, in) per matrix. local: a matrix of n weights keeps round(v n) of them.
-    global: all N weights are ranked together, round(v N) are kept, and no matrix is emptied.
+    global: all N weights are ranked together, round(v N) are kept, the least shares first.
     """
     if v == 1:                                          # nothing is ranked before pruning begins
         masks = [torch.ones_like(s) for s in scores]
@@ -101,9 +103,9 @@ def update_masks(masked, scores, v, scope="local"):
     else:
         sizes = [s.numel() for s in scores]
         ranked = torch.cat([s.flatten() for s in scores])               # (N,)
-        # The best of each matrix rise to infinity, and so rank before all others. With v at 0.5 %
-        # or below they can be a few more than round(v N) (in mini 3936, not 3932). As they are
-        # equal, top_v keeps the first: the last matrix loses a few, from its last row upwards.
+        # In this copy the best of each matrix are raised to infinity: they rank before all others.
+        # Rounded in each matrix, these can be more than round(v N) (at v = 0.5 % in mini 3936,
+        # not 3932). Then the surplus is cut from the end, in the last matrices.
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)
@@ -141,7 +143,7 @@ def sigmoid_penalty(scores):
     """R(S): the mean over matrices of the mean of sigmoid(S) in the matrix; 0.5 at the start.
 
     scores: one tensor (out, in) per matrix. The lambda before it is large because R is a mean: with
-    lambda 1000 one score of BERT-base feels p = 6e-6 in attention, 1.5e-6 in the feed-forward part.
+    lambda 1000 one score of BERT-base feels at most 6e-6 in attention, 1.5e-6 in feed-forward.
     """
     return torch.stack([torch.sigmoid(s).mean() for s in scores]).mean()
 
