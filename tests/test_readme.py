@@ -1,23 +1,38 @@
 """README's commands fit the scripts' command lines, and its figures are those of results/*.tsv."""
+import argparse
 import importlib
 import re
 import shlex
+from itertools import repeat
+from textwrap import dedent, indent
 
 import numpy as np
 import pytest
-from conftest import METHODS, ROOT
-from test_examples import load_example
-from test_frame import changed_lines
+import torch
+from conftest import METHODS, ROOT, run, start
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+import common
 
 README = (ROOT / "README.md").read_text()
 RESULTS = (ROOT / "results" / "README.md").read_text()
 
 
+def blocks(language=""):
+    found = re.findall(r"(?ms)^```(\w*)\n(.*?)^```$", README)
+    return [text for name, text in found if name == language]
+
+
 def commands():
-    blocks = re.findall(r"```\n(.*?)```", README, re.S)
-    lines = "\n".join(blocks).split("\n")
-    parts = [part.strip() for line in lines for part in line.split("#")[0].split("&&")]
-    return [part for part in parts if re.match(r"(python|torchrun) ", part)]
+    lines = "\n".join(blocks()).split("\n")
+    parts = [part.strip() for line in lines for part in line.split(" #")[0].split("&&")]
+    table = re.findall(r"^\| `(\w+\.py[^`]*)`", README, re.M)
+    return [part for part in parts if re.match(r"(python|torchrun) ", part)] + [
+        f"python {words}" for words in table]
 
 
 @pytest.mark.parametrize("command", commands())
@@ -25,12 +40,98 @@ def test_command_parses(command):
     words = shlex.split(command)
     script = next(word for word in words if word.endswith(".py"))
     assert (ROOT / script).exists()
-    module = load_example() if "/" in script else importlib.import_module(script[:-3])
+    module = importlib.import_module(script[:-3])
     module.flags().parse_args(words[words.index(script) + 1:])
 
 
 def test_there_are_commands():
-    assert len(commands()) >= 9
+    assert len(commands()) >= 15
+
+
+def test_a_method_alone():
+    """The lines with diff and sed, as bash runs them."""
+    lines = [line for line in "\n".join(blocks()).split("\n") if re.match("diff |sed ", line)]
+    shown = {line: start(["bash", "-c", line]).stdout for line in lines}
+    assert len(shown) == 6 and all(shown.values())
+    whole, *_, bare, method = shown.values()
+    assert "StraightThrough" in bare and bare.count("\n") < whole.count("\n")
+    assert "def top_v" in method and "def main" not in method
+
+
+# ---- what a reader copies
+
+SLOT = re.compile(r"(?ms)^ *# <method: ([^>\n]*)>\n(.*?)^ *# </method>\n")
+
+
+def test_loop_runs_as_printed(tmp_path, monkeypatch):
+    """The loop, with soft_mvp.py's slots pasted in, on a few texts."""
+    slots = dict(SLOT.findall((ROOT / "soft_mvp.py").read_text()))
+    pasted = re.sub(r"(?m)^( *)# slot: (.*)$",
+                    lambda place: indent(dedent(slots[place[2]]), place[1]), blocks("python")[0])
+    assert pasted.count("steps=1000") == 1
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "mini" / "bert")
+    batch = tokenizer(["he stole 3 drums", "he stole 30 drums"], return_tensors="pt", padding=True)
+    batch["labels"] = torch.tensor([0, 1])
+    model = AutoModelForSequenceClassification.from_pretrained(ROOT / "mini" / "bert")
+    before = [weight.clone() for weight in model.state_dict().values()]
+    names = list(model.state_dict())
+    monkeypatch.chdir(tmp_path)
+    exec(pasted.replace("steps=1000", "steps=20"), dict(model=model, batches=repeat(batch)))
+    saved = AutoModelForSequenceClassification.from_pretrained("pruned")
+    assert common.count_kept(saved)[1] == pytest.approx(0.1, abs=1e-5)
+    assert list(saved.state_dict()) == names            # plain layers again
+    assert any((a != b).any() for a, b in zip(before, saved.state_dict().values()))
+
+
+def exercises():
+    """[(name, script that it is a copy of, [(what is replaced, by what)])]"""
+    found = []
+    for part in blocks("diff")[0].split("\ncp "):
+        head, *lines = part.removeprefix("cp ").strip("\n").split("\n")
+        changes = []
+        kind = ""
+        for line in lines:
+            if not (line[0] == "+" and kind):           # a new place
+                changes.append(["", ""])
+            kind = line[0]
+            if kind != "+":
+                changes[-1][0] += line[1:]
+            if kind != "-":
+                changes[-1][1] += "\n" * (changes[-1][1] != "") + line[1:]
+        found.append((head.split()[1], head.split()[0], changes))
+    return found
+
+
+@pytest.mark.parametrize("name, source, changes", exercises())
+def test_exercise(data, tmp_path, monkeypatch, name, source, changes):
+    text = (ROOT / source).read_text()
+    for old, new in changes:
+        assert text.count(old) in (1, 2), old
+        text = text.replace(old, new)
+    (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    v = 0.5 if name == "two_of_four.py" else 0.1
+    result = run(name[:-3], data, tmp_path / "out", "--sparsity", str(v))
+    assert result["kept"] == pytest.approx(v, abs=1e-4)
+    model = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "out")
+    if name == "two_of_four.py":
+        for layer in common.prunable(model).values():
+            assert ((layer.weight.view(-1, 4) != 0).sum(dim=1) == 2).all()
+    if name == "frozen.py":
+        first = AutoModelForQuestionAnswering.from_pretrained(ROOT / "mini" / "bert")
+        for a, b in zip(common.prunable(first).values(), common.prunable(model).values()):
+            assert torch.equal(a.weight * (b.weight != 0), b.weight)
+
+
+def test_grid_runs_a_new_method(tmp_path, monkeypatch):
+    """The name in METHODS is enough: its runs are wanted, its script is called."""
+    text = (ROOT / "results" / "grid.py").read_text()
+    (tmp_path / "grown_grid.py").write_text(text.replace('"rpp"]', '"rpp", "wanda"]', 1))
+    monkeypatch.syspath_prepend(tmp_path)
+    grid = importlib.import_module("grown_grid")
+    assert ("wanda", "squad", 0.1, 2) in grid.wanted("mini")
+    args = argparse.Namespace(grid="mini", runs="out", model=None, data=None, corpus=None)
+    assert grid.command(args, ("wanda", "squad", 0.1, 2))[0] == "wanda.py"
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(((?!http)[^)#]+)", README))
@@ -38,41 +139,80 @@ def test_link_leads_to_a_file(link):
     assert (ROOT / link).exists()
 
 
-@pytest.mark.parametrize("link", re.findall(r"results/README\.md#([\w-]+)", README))
-def test_link_leads_to_a_heading(link):
-    headings = re.findall(r"^## (.*)$", RESULTS, re.M)
-    anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
-    assert link in anchors
+def test_links_within_the_page():
+    anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+               for heading in re.findall(r"^## (.*)$", README, re.M)]
+    links = re.findall(r"\]\(#([\w-]+)\)", README)
+    assert links and set(links) <= set(anchors)
 
 
-def rows(name):
-    lines = (ROOT / "results" / name).read_text().split("\n")
-    return [line.split("\t") for line in lines[1:-1]]
+# ---- figures
+
+def records(name, **wanted):
+    """The rows of a file in results/ that have these values: a dict each."""
+    header, *lines = [line.split("\t")
+                      for line in (ROOT / "results" / name).read_text().splitlines()]
+    found = [dict(zip(header, line)) for line in lines]
+    found = [row for row in found if all(row[key] == text for key, text in wanted.items())]
+    assert found, (name, wanted)
+    return found
 
 
-def values(scores):
-    """[12.5, 15.0] of "EM 12.5 F1 15.0"."""
-    return [float(x) for x in scores.split()[1::2]]
+def f1(row):
+    return float(row["scores"].split()[-1])
 
 
-def mean(name, column, task, v):
-    """The text that a table has for these runs."""
-    found = [values(row[5]) for row in rows(name)
-             if row[:2] == [column, task] and float(row[2]) == v]
-    return " / ".join(f"{x:.1f}" for x in np.mean(found, axis=0)) + f" ({len(found)})"
+def seeds(name, method, v, digits=0):
+    """The mean and the seeds, as the page has them: 82 (83, 80, 83)."""
+    found = [f1(row) for row in records(name, method=method, task="squad", sparsity=v)]
+    return f"{np.mean(found):.{digits}f} ({', '.join(f'{x:.0f}' for x in found)})"
+
+
+def front_row(beginning):
+    line = next(line for line in README.split("\n") if line.startswith(beginning))
+    return [cell.strip() for cell in line.split("|")[1:-1]]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_front_table(method):
-    line = next(line for line in README.split("\n") if line.startswith(f"| `{method}.py`"))
-    cells = [cell.strip() for cell in line.split("|")[1:-1]]
-    for cell, v in ((cells[3], 0.1), (cells[4], 0.03)):
-        assert cell == mean("mini.tsv", method, "squad", v).split(" / ")[1].split()[0]
-    assert int(cells[5]) == (ROOT / f"{method}.py").read_text().count("\n")
-    if cells[6]:
-        other, changed = re.match(r"`(\w+\.py)`: (\d+)", cells[6]).groups()
-        assert int(changed) == changed_lines(other, f"{method}.py")
+    command, _, _, _, papers, *ours = front_row(f"| `{method}.py")
+    assert ours == [seeds("mini.tsv", method, "0.1"), seeds("mini.tsv", method, "0.03")]
+    flags = command.strip("`").split()[1:]
+    for v in ("0.1", "0.03"):
+        for row in records("mini.tsv", method=method, task="squad", sparsity=v):
+            assert " ".join(flags) in row["command"]
+    for score in filter(None, papers.split(" / ")):
+        assert f" / {score} |" in RESULTS
 
 
-def test_size_of_the_front_page():
-    assert README.count("\n") <= 170 and len(README.split()) <= 1900
+def test_front_table_dense_and_floor():
+    assert front_row("| dense")[5] == seeds("mini.tsv", "magnitude", "1")
+    floors = [max(f1(row) for row in records("floor.tsv", data=data, task="squad"))
+              for data in ("real", "mini")]
+    assert front_row("| floor")[4:6] == [f"{floor:.1f}" for floor in floors]
+
+
+def test_findings():
+    section = README.split("## What we found\n\n")[1].split("\n\n")[0].replace("\n  ", " ")
+    few, many, time, penalty, spike, rpp = section.split("\n")
+    assert f"soft movement F1 {seeds('mini.tsv', 'soft_mvp', '0.03')}" in few
+    assert f"magnitude {seeds('mini.tsv', 'magnitude', '0.03')}" in few
+    for name, method, v in (("magnitude F1", "magnitude", "0.3"),
+                            ("soft movement", "soft_mvp", "0.3"), ("dense", "magnitude", "1")):
+        row, = records("squad11.tsv", method=method, task="squad", sparsity=v)
+        assert f"{name} {f1(row):.1f}" in many
+    stated = re.findall(r"([\d.]+) after ([\d,]+)", time)
+    assert len(stated) >= 3
+    for accuracy, steps in stated:
+        row, = records("why/speed.tsv", script="mvp", layers="3", steps=steps.replace(",", ""),
+                       kept="0.1", seed="0")
+        assert accuracy == f"{float(row['acc']):.1f}"
+    ends = records("why/why.tsv", experiment="whole", variant="penalty10%")
+    accuracy, = {re.search(r"[\d.]+", row["metrics"])[0] for row in ends}
+    assert f"penalty {accuracy}" in penalty
+    gains = [f1(plain) - f1(row) for plain, row in zip(
+        records("why/mix.tsv", method="mgpp_L2", sparsity="0.1"),
+        records("why/mix.tsv", method="mgpp", sparsity="0.1"))]
+    assert f"{np.mean(gains):.1f} points of F1 more" in spike
+    assert f"({', '.join(f'{gain:.1f}' for gain in gains)})" in spike
+    assert f"F1 {seeds('mini.tsv', 'rpp', '0.4', 1)}" in rpp
