@@ -194,10 +194,10 @@ def test_front_table_dense_and_floor():
 
 def test_findings():
     section = README.split("## What we found\n\n")[1].split("\n\n")[0].replace("\n  ", " ")
-    few, many, time, penalty, spike, rpp = section.split("\n")
+    few, many, time, penalty, spike, text, rpp = section.split("\n")
     assert f"soft movement F1 {seeds('mini.tsv', 'soft_mvp', '0.03')}" in few
     assert f"magnitude {seeds('mini.tsv', 'magnitude', '0.03')}" in few
-    for name, method, v in (("magnitude F1", "magnitude", "0.3"),
+    for name, method, v in (("MGPP F1", "mgpp", "0.3"), ("magnitude", "magnitude", "0.3"),
                             ("soft movement", "soft_mvp", "0.3"), ("dense", "magnitude", "1")):
         row, = records("squad11.tsv", method=method, task="squad", sparsity=v)
         assert f"{name} {f1(row):.1f}" in many
@@ -215,4 +215,8 @@ def test_findings():
         records("why/mix.tsv", method="mgpp", sparsity="0.1"))]
     assert f"{np.mean(gains):.1f} points of F1 more" in spike
     assert f"({', '.join(f'{gain:.1f}' for gain in gains)})" in spike
+    for name, method, v in (("EM", "magnitude", "0.1"), ("soft movement", "soft_mvp", "0.1")):
+        em = [float(row["scores"].split()[1])
+              for row in records("generate.tsv", method=method, sparsity=v)]
+        assert f"{name} {np.mean(em):.1f} ({', '.join(f'{x:.0f}' for x in em)})" in text
     assert f"F1 {seeds('mini.tsv', 'rpp', '0.4', 1)}" in rpp
