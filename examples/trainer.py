@@ -3,18 +3,21 @@
 The script fine-tunes an encoder to classify texts. Meanwhile it prunes every nn.Linear in the
 encoder's layers, but neither the embeddings nor the head. SoftMovement is the method as one object;
 its definitions are copied from soft_mvp.py, which explains them. PruningCallback and PruningTrainer
-say when a Trainer calls it. All else is ordinary use of the Trainer.
+say when a Trainer calls it. Copy from here to the end of PruningTrainer, and change prunable() where
+your model names its layers otherwise. All else is ordinary use of the Trainer. Parameters are stored
+in float32 (bf16=True is fine). Leave load_best_model_at_end off: an early model is not yet pruned.
 
     pip install accelerate                              # transformers' Trainer needs it
     python examples/trainer.py --sparsity 0.1           # keeps 10 %; minutes on a CPU
-    python examples/trainer.py --model roberta-base --lr 3e-5 --data DIR --columns text label
+    python examples/trainer.py --model roberta-base --lr 3e-5 --steps 20000 --data DIR \
+        --columns text label --out out/mine         # a real model needs thousands of steps
     python examples/trainer.py --resume                 # killed? your command, plus --resume
 
 Model   any encoder that transformers has: a folder, or a name on the hub. By default mini/bert
 Data    DIR/train.tsv and DIR/dev.tsv, tabs between columns, no quoting. --columns names the text
         (or two texts), then the label. By default the pairs of questions in mini/glue/QQP.
         A text is cut after 128 tokens
-Last line (a guesser has accuracy 50 here):
+Last line (the best guesser has accuracy 61.5 here; results/README.md, "Floors"):
 RESULT trainer keeps 10.00% (prunes 90.00%) accuracy 98.2 | 1000 steps 368 s seed 0 |
 out/trainer-0.1-s0
 """
