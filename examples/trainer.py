@@ -3,9 +3,10 @@
 The script fine-tunes an encoder to classify texts. Meanwhile it prunes every nn.Linear in the
 encoder's layers, but neither the embeddings nor the head. SoftMovement is the method as one object;
 its definitions are copied from soft_mvp.py, which explains them. PruningCallback and PruningTrainer
-say when a Trainer calls it. Copy from here to the end of PruningTrainer, and change prunable() where
-your model names its layers otherwise. All else is ordinary use of the Trainer. Parameters are stored
-in float32 (bf16=True is fine). Leave load_best_model_at_end off: an early model is not yet pruned.
+say when a Trainer calls it. Copy these and the definitions, and prunable(), which you may have to
+change where a model names its layers otherwise. All else is ordinary use of the Trainer. Parameters
+are stored in float32 (bf16=True is fine). Leave load_best_model_at_end off: an early model is not
+pruned enough.
 
     pip install accelerate                              # transformers' Trainer needs it
     python examples/trainer.py --sparsity 0.1           # keeps 10 %; minutes on a CPU
