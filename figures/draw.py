@@ -264,7 +264,7 @@ def draw_runs(runs):
     axes[0, 0].text(0.98, 0.9, "grey: % kept", color=FAINT, ha="right",
                     transform=axes[0, 0].transAxes)
     axes[0, 0].text(0.98, 0.78, "dotted: dense run", ha="right", transform=axes[0, 0].transAxes)
-    axes[1, 2].text(0.98, 0.66, "pruned in\npre-training,\nbefore step 0", ha="right",
+    axes[1, 2].text(0.98, 0.3, "pruned in\npre-training,\nbefore step 0", ha="right",
                     transform=axes[1, 2].transAxes)
     for ax in axes[:, 0]:
         ax.set_ylabel("loss of one batch")
