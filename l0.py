@@ -37,7 +37,7 @@ Lei 2020, arXiv 1910.04732). mu1 removes a gap that lasts, mu2 damps the way; 2 
 Unlike mvp.py: the gate is random and takes any value from 0 to 1, the threshold is fixed, and no
 matrix has a least share. As in the movement code, and unlike Louizos et al.: a gate for each weight
 and not for each input neuron, log alpha not clamped, no L2 penalty on W, no averaging of W. Give it
-1,000 steps or more: in less, steering lags behind v. --sparsity is the fraction KEPT.
+1,000 steps or more: in short runs steering lags behind v. --sparsity is the fraction KEPT.
 
     python l0.py --task squad --sparsity 0.03           without a GPU, on mini/'s made-up data, ends
     RESULT l0 squad keeps 3.00% (prunes 97.00%) EM 82.8 F1 83.1 | 1000 steps ..

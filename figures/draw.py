@@ -227,8 +227,9 @@ def draw_loss(ax, lines, **style):
 def draw_runs(runs):
     """RPP prunes in pre-training, which stands left of step 0; its loss there is another one."""
     logs = HERE / "logs"
-    fig, axes = panels("Pruned runs stay above the dense loss; once the cuts have ended, most come near it",
-                       3, 6.2, rows=2, sharey=True)
+    fig, axes = panels(
+        "Pruned runs stay above the dense loss; once the cuts have ended, most come near it",
+        3, 6.2, rows=2, sharey=True)
     dense = read_log(logs / "magnitude-squad-1-s0.jsonl")
     for ax, (method, (name, colour, _)) in zip(axes.flat, METHODS.items()):
         lines = read_log(logs / f"{method}-squad-0.1-s0.jsonl")

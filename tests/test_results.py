@@ -4,7 +4,7 @@ import importlib.util
 import re
 
 import pytest
-from conftest import ROOT
+from conftest import METHODS, ROOT
 
 spec = importlib.util.spec_from_file_location("tables", ROOT / "results" / "why" / "tables.py")
 tables = importlib.util.module_from_spec(spec)
@@ -64,3 +64,21 @@ def test_links(page, link):
         headings = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
         anchors = [re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in headings]
         assert anchor in anchors
+
+
+def test_docstrings_and_exercises_quote_the_default_runs():
+    """The last line in each docstring, and the scores of README's exercises, are rows."""
+    f1, em = {}, {}
+    for row in tables.read("default.tsv"):
+        place = row["method"], float(row["sparsity"])
+        em[place], f1[place] = (f"{x:.1f}" for x in tables.values(row["scores"]))
+    for method in METHODS:
+        text = (ROOT / f"{method}.py").read_text()
+        quoted = re.search(rf"RESULT {method} squad keeps ([\d.]+)% .* EM ([\d.]+) F1 ([\d.]+)", text)
+        place = method, float(quoted[1]) / 100
+        assert quoted[2] == em[place] and quoted[3] == f1[place]
+    readme = (ROOT / "README.md").read_text()
+    exercises = re.findall(r"(?m)^cp \w+\.py (\w+)\.py .*F1 ([\d.]+)$", readme)
+    assert len(exercises) == 5
+    for name, stated in exercises:
+        assert stated == f1[name, 0.5 if name == "two_of_four" else 0.1]
