@@ -150,10 +150,8 @@ def read_tsv(path, task, classes):
                          "at least (is this the head of a file that is sorted by label?)")
     if classes is None:
         classes = sorted(set(labels) - {""})
-        try:
+        if all(re.fullmatch(r"-?\d+", name) for name in classes):
             classes.sort(key=int)               # numbers as numbers: 2 before 10
-        except ValueError:
-            pass                                # words in the order of words
     rows = []
     for number, (row, label) in enumerate(zip(cells, labels), first):
         try:

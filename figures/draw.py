@@ -190,7 +190,7 @@ def draw_score(runs):
         (axes[1], "Here: mini, three seeds (small marks)", dense, floor("mini"), ours))
     for ax, title, top, lowest, lines in parts:
         ends = {}
-        for method, (name, colour, mark) in METHODS.items():
+        for method, (_, colour, mark) in METHODS.items():
             if method not in lines:
                 continue
             kept = sorted(lines[method])

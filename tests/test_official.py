@@ -255,7 +255,8 @@ def hold_distillation(given, theirs):
         taught = {name: tensor(given[f"teacher_{name}"]) for name in names}
         student = kind(loss=tensor(given["task_loss"]), **logits)
         task_loss = importlib.import_module(method).task_loss
-        loss = task_loss(lambda out=student: out, {}, lambda out=kind(**taught): out)
+        teacher = kind(**taught)
+        loss = task_loss(lambda out=student: out, {}, lambda out=teacher: out)
         loss.backward()
         near(loss, theirs["loss"])
         for name in names:
