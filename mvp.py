@@ -411,7 +411,7 @@ def main(args):
         out.mkdir(parents=True, exist_ok=True)
         checkpoint.unlink(missing_ok=True)
         (out / "result.json").unlink(missing_ok=True)
-        log.write_text(json.dumps({"args": settings}) + "\n")
+        log.write_text(json.dumps(dict(step=0, seconds=0.0, args=settings)) + "\n")
 
     # <method: before the loop>
     # nothing: it prunes while it fine-tunes
