@@ -342,12 +342,17 @@ def squad_metrics(rows, features, spans):
     return {"EM": float(em), "F1": float(f1)}
 
 
-def logit_spread(logits, features):
-    """The standard deviation of the logits over the context's tokens of each window: (windows,)."""
-    inside = context_tokens(features, logits.shape[1]).to(logits.device)
-    n = inside.sum(dim=1, keepdim=True)
-    mean = (logits.float() * inside).sum(dim=1, keepdim=True) / n
-    return (((logits.float() - mean) ** 2 * inside).sum(dim=1) / n[:, 0]).sqrt()
+def logit_spread(starts, ends, features):
+    """The standard deviation of a window's logits over the context's tokens: (windows,).
+
+    starts, ends: (windows, tokens); of the two the larger deviation counts.
+    """
+    inside = context_tokens(features, starts.shape[1]).to(starts.device)
+    n = inside.sum(dim=1)
+    both = torch.stack([starts, ends]).float()                          # (2, windows, tokens)
+    mean = (both * inside).sum(dim=2) / n
+    spread = (((both - mean[:, :, None]) ** 2 * inside).sum(dim=2) / n).sqrt()
+    return spread.max(dim=0).values
 
 
 def collapsed_answers(spreads):
@@ -491,8 +496,7 @@ class Data:
                 out = model(**self.collate(part, model.device, targets=False))
                 if self.task == "squad":
                     values = best_spans(out.start_logits, out.end_logits, part)
-                    both = [logit_spread(x, part) for x in (out.start_logits, out.end_logits)]
-                    spreads += torch.maximum(*both).tolist()
+                    spreads += logit_spread(out.start_logits, out.end_logits, part).tolist()
                 else:
                     values = out.logits.float().cpu().numpy()
                 for i, value in zip(chosen, values):

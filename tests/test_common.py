@@ -315,6 +315,23 @@ def test_best_spans_against_brute_force(longest):
         assert (begin, end) == best[1:] and abs(score - best[0]) < 1e-5
 
 
+def test_flat_logits_are_a_collapse():
+    """Against numpy, on windows of several lengths; only the context counts."""
+    rng = np.random.default_rng(0)
+    starts, ends = rng.normal(size=(2, 3, 14))
+    features = [dict(spans=[None] * 3 + [(i, i + 1) for i in range(n)] + [None]) for n in (5, 9, 1)]
+    inside = [slice(3, 3 + n) for n in (5, 9, 1)]
+    expected = [max(starts[i, part].std(), ends[i, part].std()) for i, part in enumerate(inside)]
+    alive = common.logit_spread(torch.tensor(starts), torch.tensor(ends), features)
+    np.testing.assert_allclose(alive, expected, atol=1e-6)
+    assert not common.collapsed_answers(alive.tolist())
+    for i, part in enumerate(inside):
+        starts[i, part] = 0.2139 + 1e-4 * starts[i, part]
+        ends[i, part] = 0.3477
+    flat = common.logit_spread(torch.tensor(starts), torch.tensor(ends), features)
+    assert common.collapsed_answers(flat.tolist())
+
+
 def test_glue_metrics_by_hand():
     logits = np.array([[2.0, 1.0], [0.0, 1.0], [0.0, 3.0], [1.0, 0.0]])       # guesses 0 1 1 0
     gold = np.array([0, 1, 0, 1])
