@@ -8,38 +8,44 @@ We would like to minimise the number of weights that are not 0, but a count has 
 weight is multiplied by a random gate z. A learned score S, the paper's log alpha, sets the
 probability that the gate is open (z > 0). This probability has a gradient, and is penalised.
 
-    q  = sigmoid((y + S) / beta)             y: noise, drawn anew at each step
+    q  = sigmoid((y + S) / beta)             y: logistic noise, drawn anew at each step
     z  = clamp(q (zeta - gamma) + gamma, 0, 1)      q stretched to (gamma, zeta), then cut
-    W' = W * z                               what the layer computes with
+    W' = W * z                               the matrix of the forward pass
     P  = P(z > 0) = sigmoid(S - beta log(-gamma / zeta))
     E  = mean over matrices of the mean of P in the matrix
     gradient of W: dL/dW' * z    gradient of S: dL/dW' * W * dz/dS, and the penalty's
 
     W, L         as in magnitude.py: a weight matrix (out, in), and the loss
-    S            scores, (out, in), at the start 2.197 = logit(0.9), where P = 0.98
-    beta         temperature, 2/3. gamma, zeta: -0.1 and 1.1
-    v            fraction to keep at this step, on magnitude.py's cubic; --sparsity is the last
+    S            scores, (out, in), at the start 2.197 = logit(0.9), where P = 0.98: nearly all open
+    beta         temperature, 2/3: the smaller, the more draws give exactly 0 or 1
+    gamma, zeta  -0.1 and 1.1
+    v            fraction to keep at this step: falls from 1 to --sparsity, by schedule()
     k            fraction of all weights whose gate is open without noise (`share` in the code)
-    h            k / v - 1 (`excess`). A count has no slope: h takes its value from k, and its
-                 gradient from E / v. mu1, mu2: multipliers, 0 at the start
+    h            k / v - 1 (`excess`). k is counted and has no slope: h takes its value from k, and
+                 its gradient from E / v. mu1, mu2: multipliers, 0 at the start
 
 Why noise? A gate that is shut passes no gradient of the loss. With noise it opens now and then, so
 its weight can come back. To count, to evaluate and to save there is neither noise nor beta:
 q = sigmoid(S), and the gate is open where S exceeds log(-gamma / zeta) = -2.398. What is saved is
-W * z with this z. (So k is not E: at the threshold P is still 0.31, and E counts matrices alike.)
+W * z with this z. (So k is not E: at the threshold P is still 0.31, and in E a small matrix weighs
+as much as a large one.)
 
---penalty LAMBDA is the paper's way: minimise L + LAMBDA E from the first step, and take what is
-kept then. Without it two multipliers push k towards v, an augmented Lagrangian (Wang, Wohlwend and
-Lei 2020, arXiv 1910.04732). mu1 removes a gap that lasts, mu2 damps the way; 2 and 60 are ours:
+--penalty LAMBDA is the paper's way: minimise L + LAMBDA E from the first step, and keep the weights
+whose gates are open after the last. Without it two multipliers push k towards v, an augmented
+Lagrangian (Wang, Wohlwend and Lei 2020, arXiv 1910.04732). mu1 grows while a gap lasts, until it
+closes; mu2 h^2 presses harder the larger the gap is. 2 and 60 are ours:
 
     minimise  L + mu1 h + mu2 h^2,   after each step mu1 += 2 h and mu2 += 60 h^2
 
-Unlike mvp.py: the gate is random and takes any value from 0 to 1, the threshold is fixed, and no
-matrix has a least share. As in the movement code, and unlike Louizos et al.: a gate for each weight
-and not for each input neuron, log alpha not clamped, no L2 penalty on W, no averaging of W. Give it
-1,000 steps or more: in short runs steering lags behind v. --sparsity is the fraction KEPT.
+Unlike mvp.py: the gate is random and takes any value from 0 to 1, the threshold is fixed, and a
+matrix may lose all its weights. As in the movement code, and unlike Louizos et al.: a gate for each
+weight and not for each input neuron, log alpha not clamped, no L2 penalty on W, no averaging of W.
+Train for 1,000 steps or more: in shorter runs k lags behind v. --sparsity is the fraction KEPT.
 
-    python l0.py --task squad --sparsity 0.03           without a GPU, on mini/'s made-up data, ends
+    python l0.py --task squad --sparsity 0.03
+
+Without a GPU this runs on mini/'s made-up data. Its last line then begins:
+
     RESULT l0 squad keeps 3.00% (prunes 97.00%) EM 82.8 F1 83.1 | 1000 steps ..
 """
 import argparse
@@ -54,9 +60,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
 
-# Between <method: ..> and </method>, in a slot, stands what this method adds. All outside the slots
-# is the frame: it is the same in all six files.
+# What stands outside the slots, <method: ..> to </method>, is the same in all six files.
 # <method: imports>
 import math
 
@@ -69,13 +75,13 @@ import common
 # ---- how many weights stay, and which have the highest scores
 
 # Why gradually? A pruned weight takes its share of the work with it, and the other weights need
-# some steps to take that over. Why a cubic? It is steep at first, when many weights are of little
-# use, and flat at the end, when each pruned weight is missed.
-# Official: masked_run_squad.py, lines 72-92. There t_i and t_f are set as multiples of a fixed
-# number of warm-up steps, and a run shorter than that never starts to prune. There the first step
-# is number 1 (in masked_run_glue.py it is 0, as here).
+# some steps to take that over. Why a cubic? Zhu and Gupta chose it because it is steep at first,
+# when many weights are of little use, and flat at the end, when each pruned weight is missed.
+# Official: masked_run_squad.py, lines 72-92. There pruning begins and ends after a number of steps
+# that does not depend on the length of the run, so a short run never starts to prune. There the
+# first step is number 1 (in masked_run_glue.py it is 0, as here).
 def schedule(step, steps, v_f, t_i, t_f):
-    """v, the fraction to keep at this step (0 to steps - 1), by eq. 5 of Sanh et al.
+    """v, the fraction to keep at a step (the first is 0), by eq. 5 of Sanh et al.
 
     1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. (In a run of a few
     steps the last v may be above v_f; the slot "bake" prunes to v_f in any case.)
@@ -91,7 +97,7 @@ def kth_largest(x, k):
     n = len(x)
     if x.device.type == "cpu":                          # numpy selects without a sort
         return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
-    if k > n // 2:                                      # topk is for few: from the other end
+    if k > n // 2:                                      # topk is quick for few: from the other end
         return x.topk(n - k + 1, largest=False, sorted=False).values.max()
     return x.topk(k, sorted=False).values.min()
 
@@ -99,16 +105,17 @@ def kth_largest(x, k):
 # Official: binarizer.py, lines 95-103. That code sorts in each forward pass, keeps int(v n), and
 # leaves open which of equal scores stay.
 def top_v(scores, v):
-    """Top_v: True for the highest round(v n) of all n scores, of equal ones the first, row by row.
+    """Top_v: True for the highest round(v n) of all n scores, and for one if round(v n) is 0.
 
-    scores: of any shape; the mask has the same. One weight stays where round(v n) is 0.
+    scores: of any shape; the mask has the same. Of equal scores those that come first in the
+    flattened tensor stay.
     """
     flat = scores.flatten()                             # (n,)
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)
     stays = flat >= threshold                           # k of them, or more where scores are equal
-    # A GPU works behind Python's back: to ask for this number would mean to wait. So there equal
-    # scores are always counted off.
+    # On a GPU the question how many there are would make Python wait for the answer. So there
+    # equal scores are always counted off.
     if flat.is_cuda or torch.count_nonzero(stays) > k:
         above = flat > threshold
         equal = flat == threshold
@@ -126,9 +133,9 @@ THRESHOLD = math.log(-GAMMA / ZETA)                     # -2.398: without noise 
 # q lies in (0, 1) and would never be 0. Stretched to (-0.1, 1.1) and cut, z is exactly 0 or
 # exactly 1 in a part of the draws ("hard"). In between it is a smooth function of S ("concrete", a
 # continuous stand-in for a 0/1 variable). In a draw where z is cut, dz/dS is 0, and the score
-# learns from the penalty alone. y = log u - log(1 - u), u uniform in (1e-4, 1 - 1e-4): drawn
-# inside an interval, as by Louizos et al. (theirs 1e-6); the movement code draws u in (0, 1) and
-# clamps it to ours.
+# learns from the penalty alone. y = log u - log(1 - u), u uniform in (1e-4, 1 - 1e-4). (Louizos et
+# al. draw u in such an interval too, theirs ends at 1e-6; the movement code draws u in (0, 1) and
+# clamps it to 1e-4 and 1 - 1e-4.)
 # Official: masked_nn.py, lines 94-102; l0_layers.py, lines 89-104, at 39a5fe6.
 def gate(scores, noise=None):
     """The hard concrete gate z, in [0, 1]. scores and noise: (out, in), z has the same shape."""
@@ -158,31 +165,25 @@ class Gated(nn.Module):
         self.register_buffer("noise", torch.zeros_like(weight), persistent=False)   # (out, in)
 
     def forward(self, weight):
-        # No noise where no gradient is wanted: in counting, in evaluation, and when W * z is
-        # saved. (Reentrant gradient checkpointing also computes without gradients: set
-        # use_reentrant=False.)
+        # No noise where no gradient is wanted: in evaluation, and when W * z is saved. (If you add
+        # gradient checkpointing, set use_reentrant=False, else its first pass has no noise.)
         return weight * gate(self.scores, self.noise if torch.is_grad_enabled() else None)
 
 
-# ---- steering: how many gates are open, and the last few
+# ---- steering: how many gates are open, and how the last gap to the goal is closed
 
 @torch.no_grad()
 def open_gates(scores):
-    """How many gates are open without noise, as a 0-dim tensor: Python need not wait for a GPU."""
+    """k N: how many gates are open without noise. A 0-dim tensor, so Python awaits no GPU."""
     return sum(torch.count_nonzero(s > THRESHOLD) for s in scores)
-
-
-def share_kept(scores):
-    """k, as a float: the fraction of all weights whose gate is open without noise."""
-    return float(open_gates(scores)) / sum(s.numel() for s in scores)
 
 
 @torch.no_grad()
 def close_gap(scores, v):
     """Move the scores nearest to the threshold just across it: round(v N) of all N then exceed it.
 
-    One at least. Afterwards each gate that stays is at least 0.001 above the threshold, and each
-    other one at least 0.001 below. Returns how many more are open than before, maybe below 0.
+    One at least. Afterwards the score of each open gate is at least 0.001 above the threshold, that
+    of each other at least 0.001 below. Returns how many more are open than before, maybe below 0.
     """
     before = int(open_gates(scores))
     stays = top_v(torch.cat([s.flatten() for s in scores]), v)          # (N,)
@@ -193,14 +194,12 @@ def close_gap(scores, v):
     return int(open_gates(scores)) - before
 # </method>
 
-
-# ---- presets and flags
-
 # <method: hyper-parameters>
 # For squad, mnli and qqp the paper's, from the authors' run sheet; the mini preset and the other
-# tasks are ours. Of all steps, warmup is the fraction in which lr rises, t_i that before pruning
-# begins, t_f that after it has ended. lr_end: the fraction of lr that is left after the last step.
-# length: tokens of a text. clip: the norm to which all gradients together are clipped.
+# tasks are ours. "*" holds for all tasks; a task's own values go before it. warmup, t_i and t_f are
+# fractions of all steps: lr rises during warmup, pruning begins after t_i, and ends t_f before the
+# end. lr_end: the fraction of lr that is left after the last step. length: tokens of a text. clip:
+# the norm to which all gradients together are clipped.
 # score_lr: peak learning rate of the scores. ascent: step sizes of mu1 and mu2, ours.
 MINI = dict(
     model=str(common.MINI / "bert"),
@@ -208,7 +207,7 @@ MINI = dict(
     steps=1000, batch_size=32, lr=5e-4,
     length=128, warmup=0.05, lr_end=0.0,
     clip=1.0, t_i=0.05, t_f=0.3,
-    score_lr=1e-1, ascent=(2.0, 60.0)
+    score_lr=1e-1, ascent=[2.0, 60.0]
 )
 PAPER = MINI | dict(
     model="bert-base-uncased",
@@ -265,12 +264,11 @@ def flags():
     add("--device", default="cuda" if cuda else "cpu", help="cpu, cuda, cuda:1, ..")
     add("--teacher", help="distil from the fine-tuned model in this folder")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    add("--checkpoint_every", type=number(int), default=500,
-        help="in steps; for BERT-base a checkpoint is a file of 1.1 GB, 2.1 with learned scores")
+    add("--checkpoint_every", type=number(int), default=500, help="in steps; BERT-base: 1 to 2 GB")
     # <method: flags>
     add("--score_lr", type=number(float), help="peak learning rate of the scores")
     add("--penalty", type=number(float),
-        help="lambda of the paper's way: it decides what is kept, not --sparsity; give --out too")
+        help="lambda of the paper's way: it decides what is kept, not --sparsity; so name --out")
     # </method>
     return parser
 
@@ -278,22 +276,17 @@ def flags():
 # ---- the run
 
 def lr_factor(step, steps, warmup, lr_end):
-    """lr as a fraction of its peak: up in warmup * steps steps, then down to lr_end, linearly.
-
-    The first step has one part of the rise, not 0.
-    """
-    rise = (step + 1) / max(1, warmup * steps)
+    """lr as a fraction of its peak: up in warmup * steps steps, then down to lr_end, linearly."""
+    rise = (step + 1) / max(1, warmup * steps)          # not 0 at the first step
     fall = (1 - lr_end) * (steps - step) / max(1, steps - warmup * steps)
     return min(1.0, rise, lr_end + fall)
 
 
 # Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; these are the
 # paper's. SQuAD has two distributions, of start and end: their KLs, each in fp32, are averaged.
+# STS-B's one number is no distribution: its KL is 0.
 def task_loss(net, batch, teacher, temperature=2.0):
-    """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student).
-
-    STS-B's model gives one number and no distribution: its KL is 0.
-    """
+    """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student)."""
     out = net(**batch)
     if teacher is None:
         return out.loss
@@ -322,25 +315,24 @@ def main(args):
     world = int(os.environ.get("WORLD_SIZE", 1))
 
     # ---- mistakes that can be seen before anything is loaded
-    for name in ("model", "teacher"):
-        folder = vars(args)[name]
-        if folder and os.path.realpath(folder) == os.path.realpath(out):
-            raise SystemExit(f"--out {out} is the --{name} folder too: give another")
+    inputs = {os.path.realpath(args.model), os.path.realpath(args.teacher or args.model)}
+    if os.path.realpath(out) in inputs:
+        raise SystemExit(f"--out {out} is the --model or --teacher folder too: give another")
     if out.is_file() or (any(out.glob("*")) and not log.exists()):
         raise SystemExit(f"--out {out} holds something other than a run: give a new folder")
     settings = vars(args) | {"script": method, "processes": world, "out": None, "resume": None}
-    settings = json.loads(json.dumps(settings))         # as log.jsonl's first line will hold them
     if args.resume:
         if not log.exists() or (out / "result.json").exists():
             raise SystemExit(f"--resume: {out} holds no unfinished run: give the --out of one")
         before = json.loads(log.read_text().partition("\n")[0])["args"]
         differ = sorted(name for name in settings if before.get(name) != settings[name])
         if differ:
-            raise SystemExit(f"--resume: {out} was begun with another {', '.join(differ)}: give "
-                             "the command that began it")
+            raise SystemExit(f"{out} was begun with another {', '.join(differ)}: give its command")
     # <method: checks>
     if args.sparsity == 1:
         raise SystemExit("--sparsity 1 prunes nothing: use python magnitude.py --sparsity 1")
+    if args.penalty is not None:
+        print("--penalty decides what is kept: --sparsity is no goal of this run")
     # </method>
 
     # ---- device and precision
@@ -376,11 +368,10 @@ def main(args):
     tokenizer = common.load_tokenizer(args.model)
     data = common.Data(args.task, args.data, tokenizer, args.length)
     if min(args.batch_size, len(data.train)) % world:
-        raise SystemExit(f"--batch_size {args.batch_size} ({len(data.train)} examples) does not "
-                         f"split evenly over {world} processes: give a multiple of {world}")
+        raise SystemExit(f"--batch_size (or the examples, if fewer) must be a multiple of {world}")
     if args.steps is None:
         args.steps = max(1, args.epochs * len(data.train) // args.batch_size)
-    torch.manual_seed(args.seed)                        # of a head that is new
+    torch.manual_seed(args.seed)                        # for a head that is created anew
     model = common.load_bert(args.model, data).to(device).train()
     model.bert.embeddings.requires_grad_(False)         # as in movement pruning's official code
     teacher = None
@@ -395,15 +386,17 @@ def main(args):
 
     # <method: setup>
     if not layers:
-        raise SystemExit("`layers` is empty: nothing would be pruned")
+        raise SystemExit("the model has no matrix to prune: give another --model")
     # From here on each read of layer.weight calls Gated.forward: the layer computes with W * z.
-    # `groups` holds W already and gets the scores below, so each stands in one group.
+    # `groups` holds W already and gets the scores below, so each parameter is in one group.
     gated = [Gated(layer.weight) for layer in layers.values()]
     for layer, m in zip(layers.values(), gated):
         parametrize.register_parametrization(layer, "weight", m)
-    # Here --score_lr counts: a score has to go from 2.197 down to -2.398 within the run. So it is
-    # ten times mvp.py's (not on QQP). No weight decay: it would pull all scores to 0.
-    groups.append({"params": [m.scores for m in gated],
+    scores = [m.scores for m in gated]                  # S: (out, in) each
+    # Here --score_lr matters: a score has to go from 2.197 down to -2.398 within the run. So it is
+    # ten times mvp.py's (not on QQP). No weight decay (here it is 0 for all, but the slot may be
+    # copied): it would pull all scores to 0.
+    groups.append({"params": scores,
                    "lr": args.score_lr, "initial_lr": args.score_lr, "weight_decay": 0.0})
     # The multipliers are tensors, so that no step has to wait for their values.
     state.update(mu1=torch.zeros((), dtype=torch.float64, device=device),
@@ -424,10 +417,8 @@ def main(args):
 
     # ---- optimizer: no weight decay, so that the loss and the method alone move a weight
     optimizer = torch.optim.AdamW(groups, eps=1e-8, weight_decay=0.0, fused=True)
-    trained = [p for group in groups for p in group["params"]]
-    net = model
-    if world > 1:
-        net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    parameters = [p for group in groups for p in group["params"]]
+    net = DDP(model, broadcast_buffers=False) if world > 1 else model
 
     # ---- resume
     first, seconds = 0, 0.0
@@ -438,10 +429,10 @@ def main(args):
         state.update(saved["state"])
         first, seconds = saved["step"], saved["seconds"]
         del saved
-    if args.resume:                                     # 0: it was killed before a checkpoint
+    if args.resume:                                     # from 0, if there was no checkpoint yet
         print(f"the run goes on from step {first}")
 
-    # ---- the loop: batch, dropout and lr depend on seed and step alone, as a resumed run needs
+    # ---- the loop. Each step is seeded by its number, so that a resumed run repeats it
     started = time.time() - seconds
     batches = data.batches(first, args.batch_size, args.seed)
     for step in range(first, args.steps):
@@ -451,14 +442,12 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        # The slots leave behind: v, the fraction that should be kept at this step, here; penalty,
-        # what is added to the loss; goal, the fraction to be kept in the end, after the loop.
-        # A v or goal of None means that there is none.
+        # The slots set v, the fraction to keep at this step (None: no goal); penalty, added to the
+        # loss; and, outside the loop, goal, the fraction to keep in the end (None: no goal).
         # <method: before forward>
-        # Noise first: this step's loss is that of one draw of gates. The draw depends on (seed,
-        # step) alone, so that it is the same in all processes and in a resumed run.
+        # Noise before the forward pass: this step's loss is that of one draw of gates. The draw
+        # depends on (seed, step) alone, so it is the same in all processes and in a resumed run.
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
-        scores = [m.scores for m in gated]              # S: (out, in) each
         generator.manual_seed(args.seed * 1_000_003 + step)
         for m in gated:
             m.noise.uniform_(1e-4, 1 - 1e-4, generator=generator)       # u
@@ -469,16 +458,16 @@ def main(args):
             loss = task_loss(net, batch, teacher)
 
         # <method: penalty>
-        # Once per optimizer step: in each micro-batch of an accumulated one it would count again.
+        # If you accumulate gradients over micro-batches, add it once per optimizer step.
         expected = expected_l0(scores)                  # E
         if args.penalty is not None:
             penalty = args.penalty * expected           # a true gradient; lambda is constant
             v = None                                    # an outcome, not a goal
         else:
-            # A straight-through estimate again: k is a count and has no slope. So h is computed
-            # from k and differentiated as if k were E: the difference below has the value 0, E's
-            # gradient.
-            share = open_gates(scores) / sum(s.numel() for s in scores)
+            # A straight-through estimate, as of the mask in mvp.py: k is counted and has no slope.
+            # So h is computed from k and differentiated as if k were E. The difference below has
+            # the value 0 and the gradient of E.
+            share = open_gates(scores) / sum(s.numel() for s in scores)     # k
             excess = (share + expected - expected.detach()) / v - 1     # h
             mu1, mu2 = state["mu1"].float(), state["mu2"].float()
             penalty = mu1 * excess + mu2 * excess ** 2
@@ -491,7 +480,7 @@ def main(args):
         # nothing: autograd has gone through the gate
         # </method>
 
-        nn.utils.clip_grad_norm_(trained, args.clip)    # one norm over all that is trained
+        nn.utils.clip_grad_norm_(parameters, args.clip)     # one norm of all gradients
         optimizer.step()
 
         # <method: after step>
@@ -507,14 +496,10 @@ def main(args):
         done = step + 1
         seconds = time.time() - started
         if rank == 0 and (done % 50 == 0 or done == args.steps):
-            kept = common.count_kept(model)[1]
-            goal_text = "no goal" if v is None else f"goal {v:.1%}"
-            print(f"step {done:05d}/{args.steps:05d}  loss {loss:.4f}  penalty {penalty:.4f}  "
-                  f"kept {kept:.1%} ({goal_text})  lr {args.lr * factor:.1e}  "
-                  f"{1000 * seconds / done:.0f} ms  "
-                  f"eta {(args.steps - done) * seconds / done / 60:.0f}m", flush=True)
-            line = dict(step=done, loss=loss.item(), penalty=penalty.item(),
-                        kept=kept, goal=v, lr=args.lr * factor, seconds=seconds)
+            line = dict(step=done, loss=loss.item(), penalty=penalty.item(), goal=v,
+                        kept=common.count_kept(model)[1], lr=args.lr * factor, seconds=seconds)
+            print("  ".join(f"{name} {x:.6g}" for name, x in line.items() if x is not None),
+                  f" of about {seconds / done * args.steps:.0f}", flush=True)
             with open(log, "a") as file:
                 print(json.dumps(line), file=file)
             if not torch.isfinite(loss):
@@ -528,13 +513,11 @@ def main(args):
 
     # <method: bake>
     # Steering leaves a small gap, which is closed: the gates nearest to the threshold are moved
-    # just across it. Close to it z is about 0 on both sides. Then W * z, read without gradients
-    # and so without noise, becomes the plain weight of a plain nn.Linear.
-    goal = args.sparsity
-    scores = [m.scores for m in gated]
-    if args.penalty is not None:
-        goal = None
-    else:
+    # just across it. Close to it z is about 0 on both sides. Then W * z becomes the plain weight of
+    # a plain nn.Linear (torch reads it without gradients, so Gated.forward adds no noise).
+    goal = None
+    if args.penalty is None:
+        goal = args.sparsity
         moved = close_gap(scores, goal)
         print(f"{moved:+d} gates were moved across the threshold")
         if abs(moved) > 0.1 * goal * sum(s.numel() for s in scores):
@@ -555,34 +538,26 @@ def main(args):
     kept_per_layer, kept, n_prunable = common.count_kept(model)
     with autocast:
         metrics, collapsed = data.evaluate(model)
-    for name, share in kept_per_layer.items():
-        print(f"{name:50s} kept {share:7.2%} {'#' * round(40 * share)}")
     total = time.time() - started
     shown = " ".join(f"{name} {value:.1f}" for name, value in metrics.items())
     line = (f"RESULT {method} {args.task} keeps {kept:.2%} (prunes {1 - kept:.2%}) {shown} | "
             f"{args.steps} steps {total:.0f} s seed {args.seed} | {out}")
-    # missed: by more than 0.1 points, or 5 % of a small goal
     missed = goal is not None and abs(kept - goal) > min(0.001, 0.05 * goal)
     if missed:
         line += f" | MISSED the goal of {goal:.2%}"
-    result = dict(
-        method=method, task=args.task,
+    (out / "result.json").write_text(json.dumps(dict(
+        method=method, task=args.task, metrics=metrics, collapsed=collapsed,
         kept=kept, kept_per_layer=kept_per_layer, n_prunable=n_prunable,
-        metrics=metrics, collapsed=collapsed,
         n_train=len(data.train), n_dev=data.n_dev,
         seconds=total, ms_per_step=1000 * seconds / args.steps,
         device=str(device), card=card, precision=precision, threads=torch.get_num_threads(),
         peak_memory=torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         versions={module.__name__: module.__version__ for module in (torch, transformers, np)},
-        args=vars(args) | {"out": str(out), "goal": goal},
-        line=line
-    )
-    (out / "result.json").write_text(json.dumps(result, indent=1))
+        args=vars(args) | {"out": str(out), "goal": goal}, line=line), indent=1))
     checkpoint.unlink(missing_ok=True)
     print(line)
     if collapsed:
-        print("COLLAPSED: the model answers all alike. More --steps help, or soft_mvp.py: see "
-              "results/why/README.md")
+        print("COLLAPSED: all answers alike. More steps or soft_mvp.py help: results/why/README.md")
     if missed:
         sys.exit(3)
 

@@ -3,24 +3,27 @@
 Papers: Zhu and Gupta 2017, arXiv 1710.01878; Sanh, Wolf and Rush 2020, arXiv 2005.07683, eq. 5.
 Official code: huggingface/transformers-research-projects, movement-pruning, at fccd0cdab0.
 
-Fine-tune BERT on a task, and let each weight matrix compute with its largest weights only. The
-others are masked: they count as 0, but they stay in the model. At first nothing is masked, then
-more and more.
+Fine-tune BERT on a task, and let each weight matrix compute with its largest weights only, those of
+largest |W|. The others are masked: they count as 0, but they stay in the model. At first nothing is
+masked, then more and more. The belief behind it: a small weight adds little to a layer's output, so
+little is lost with it.
 
     M  = Top_v(|W|)         1 for the largest round(v n) of a matrix's n weights, else 0
-    W' = W * M              what the layer computes with
+    W' = W * M              the matrix of the forward pass
     v  = v_f + (1 - v_f) (1 - (t - t_i T) / (T - t_i T - t_f T))^3
 
     W            a weight matrix, (out, in); each encoder layer has six: query, key, value,
                  attention.output.dense, intermediate.dense, output.dense. Nothing else is masked.
                  The embeddings are frozen, all else is trained. * is elementwise
     v            the fraction kept at step t of T: 1 until t_i T, then this cubic, and v_f, which
-                 --sparsity sets, for the last t_f T steps
+                 --sparsity sets, for the last t_f T steps. t_i and t_f are fractions, 0.05 and 0.3
+                 on mini
     dL/dW'       gradient of the loss L with respect to W'
 
-Can a pruned weight come back? By the chain rule dL/dW = dL/dW' * M, so a masked weight gets no
-gradient and stands still once Adam's momentum has faded. It comes back only if kept weights shrink
-below it. While v falls the smallest kept weight gets larger and larger, so almost none does.
+Can a masked weight come back? M is taken as a constant, so by the chain rule dL/dW = dL/dW' * M: a
+masked weight gets no gradient, and stands still once Adam's momentum has faded. From then on it
+comes back only if kept weights shrink below it. While v falls the smallest kept weight gets larger
+and larger, so almost no weight comes back.
 
 The weakness: fine-tuning hardly moves a weight. What is large at the end was large after
 pre-training, whatever the task. The task has little say in what is kept; mvp.py gives it one.
@@ -28,10 +31,13 @@ pre-training, whatever the task. The task has little say in what is kept; mvp.py
 --sparsity is the fraction KEPT (elsewhere often the fraction pruned): 0.03 keeps 3 %. --sparsity 1
 masks nothing: this dense run is the baseline, and its folder can be the --teacher of another run.
 --scope global ranks all matrices together. The official code counts biases and LayerNorm as kept
-weights, so its 3.14 % is our 3.00 %. The text of Sanh et al., but not their code, lets masked
-weights learn.
+weights, so its 3.14 % is our 3.00 %. By the text of Sanh et al. masked weights learn too; by their
+code, which we follow, they do not.
 
-    python magnitude.py --task squad --sparsity 0.1     without a GPU, on mini/'s made-up data, ends
+    python magnitude.py --task squad --sparsity 0.1
+
+Without a GPU this runs on mini/'s made-up data. Its last line then begins:
+
     RESULT magnitude squad keeps 10.00% (prunes 90.00%) EM 81.0 F1 81.9 | 1000 steps ..
 """
 import argparse
@@ -46,9 +52,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
 
-# Between <method: ..> and </method>, in a slot, stands what this method adds. All outside the slots
-# is the frame: it is the same in all six files.
+# What stands outside the slots, <method: ..> to </method>, is the same in all six files.
 # <method: imports>
 from torch.nn.utils import parametrize
 
@@ -59,13 +65,13 @@ import common
 # ---- which weights stay
 
 # Why gradually? A pruned weight takes its share of the work with it, and the other weights need
-# some steps to take that over. Why a cubic? It is steep at first, when many weights are of little
-# use, and flat at the end, when each pruned weight is missed.
-# Official: masked_run_squad.py, lines 72-92. There t_i and t_f are set as multiples of a fixed
-# number of warm-up steps, and a run shorter than that never starts to prune. There the first step
-# is number 1 (in masked_run_glue.py it is 0, as here).
+# some steps to take that over. Why a cubic? Zhu and Gupta chose it because it is steep at first,
+# when many weights are of little use, and flat at the end, when each pruned weight is missed.
+# Official: masked_run_squad.py, lines 72-92. There pruning begins and ends after a number of steps
+# that does not depend on the length of the run, so a short run never starts to prune. There the
+# first step is number 1 (in masked_run_glue.py it is 0, as here).
 def schedule(step, steps, v_f, t_i, t_f):
-    """v, the fraction to keep at this step (0 to steps - 1), by eq. 5 of Sanh et al.
+    """v, the fraction to keep at a step (the first is 0), by eq. 5 of Sanh et al.
 
     1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. (In a run of a few
     steps the last v may be above v_f; the slot "bake" prunes to v_f in any case.)
@@ -81,7 +87,7 @@ def kth_largest(x, k):
     n = len(x)
     if x.device.type == "cpu":                          # numpy selects without a sort
         return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
-    if k > n // 2:                                      # topk is for few: from the other end
+    if k > n // 2:                                      # topk is quick for few: from the other end
         return x.topk(n - k + 1, largest=False, sorted=False).values.max()
     return x.topk(k, sorted=False).values.min()
 
@@ -89,16 +95,17 @@ def kth_largest(x, k):
 # Official: binarizer.py, lines 95-103. That code sorts in each forward pass, keeps int(v n), and
 # leaves open which of equal scores stay.
 def top_v(scores, v):
-    """Top_v: True for the highest round(v n) of all n scores, of equal ones the first, row by row.
+    """Top_v: True for the highest round(v n) of all n scores, and for one if round(v n) is 0.
 
-    scores: of any shape; the mask has the same. One weight stays where round(v n) is 0.
+    scores: of any shape; the mask has the same. Of equal scores those that come first in the
+    flattened tensor stay.
     """
     flat = scores.flatten()                             # (n,)
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)
     stays = flat >= threshold                           # k of them, or more where scores are equal
-    # A GPU works behind Python's back: to ask for this number would mean to wait. So there equal
-    # scores are always counted off.
+    # On a GPU the question how many there are would make Python wait for the answer. So there
+    # equal scores are always counted off.
     if flat.is_cuda or torch.count_nonzero(stays) > k:
         above = flat > threshold
         equal = flat == threshold
@@ -108,7 +115,7 @@ def top_v(scores, v):
 
 
 # With --scope global all matrices compete. One could lose all its weights, and nothing would get
-# through it any more. So each keeps at least its best 0.5 %, or v, if v is smaller.
+# through it any more. So the best 0.5 % of each (or v, if v is smaller) are kept first.
 # Official: binarizer.py, line 53.
 def least_share(n):
     """The least share of a matrix of n weights, as a fraction: int(0.005 n) + 1 of them."""
@@ -122,7 +129,7 @@ def update_masks(masked, scores, v, scope="local"):
     """Write M = Top_v(scores) into the mask of each Masked module in `masked`.
 
     scores: one tensor (out, in) per matrix. local: a matrix of n weights keeps round(v n) of them.
-    global: all N weights are ranked together, round(v N) are kept, the least shares first.
+    global: round(v N) of all N weights are kept: the least share of each, then the highest scores.
     """
     if v == 1:                                          # nothing is ranked before pruning begins
         masks = [torch.ones_like(s) for s in scores]
@@ -132,8 +139,9 @@ def update_masks(masked, scores, v, scope="local"):
         sizes = [s.numel() for s in scores]
         ranked = torch.cat([s.flatten() for s in scores])               # (N,)
         # In this copy the best of each matrix are raised to infinity: they rank before all others.
-        # Rounded in each matrix, these can be more than round(v N) (at v = 0.5 % in mini 3936,
-        # not 3932). Then the surplus is cut from the end, in the last matrices.
+        # Each matrix rounds, so these can be more than round(v N) (at v = 0.5 % in mini 3936, not
+        # 3932). Then the last matrices lose the surplus. (If round(v N) is less than the number of
+        # matrices, some are emptied.)
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)
@@ -143,6 +151,7 @@ def update_masks(masked, scores, v, scope="local"):
 
 # ---- how a layer computes without them
 
+# The mask is not saved in checkpoints: it is made anew before each forward pass.
 # Official: masked_nn.py, lines 92-106, and binarizer.py, class MagnitudeBinarizer.
 class Masked(nn.Module):
     """A parametrization: the layer computes with W' = W * M, so that dL/dW = dL/dW' * M."""
@@ -156,18 +165,16 @@ class Masked(nn.Module):
 
 
 def magnitudes(layers):
-    """|W| of each layer, (out, in), also where its mask is 0. layers: {name: module}."""
+    """|W| of each Linear, (out, in), also where its mask is 0. layers: {name: Linear}."""
     return [layer.parametrizations.weight.original.detach().abs() for layer in layers.values()]
 # </method>
 
-
-# ---- presets and flags
-
 # <method: hyper-parameters>
 # For squad, mnli and qqp the paper's, from the authors' run sheet; the mini preset and the other
-# tasks are ours. Of all steps, warmup is the fraction in which lr rises, t_i that before pruning
-# begins, t_f that after it has ended. lr_end: the fraction of lr that is left after the last step.
-# length: tokens of a text. clip: the norm to which all gradients together are clipped.
+# tasks are ours. "*" holds for all tasks; a task's own values go before it. warmup, t_i and t_f are
+# fractions of all steps: lr rises during warmup, pruning begins after t_i, and ends t_f before the
+# end. lr_end: the fraction of lr that is left after the last step. length: tokens of a text. clip:
+# the norm to which all gradients together are clipped.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
@@ -230,8 +237,7 @@ def flags():
     add("--device", default="cuda" if cuda else "cpu", help="cpu, cuda, cuda:1, ..")
     add("--teacher", help="distil from the fine-tuned model in this folder")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    add("--checkpoint_every", type=number(int), default=500,
-        help="in steps; for BERT-base a checkpoint is a file of 1.1 GB, 2.1 with learned scores")
+    add("--checkpoint_every", type=number(int), default=500, help="in steps; BERT-base: 1 to 2 GB")
     # <method: flags>
     add("--scope", default="local", choices=["local", "global"],
         help="rank the weights of each matrix by themselves, or those of all matrices together")
@@ -242,22 +248,17 @@ def flags():
 # ---- the run
 
 def lr_factor(step, steps, warmup, lr_end):
-    """lr as a fraction of its peak: up in warmup * steps steps, then down to lr_end, linearly.
-
-    The first step has one part of the rise, not 0.
-    """
-    rise = (step + 1) / max(1, warmup * steps)
+    """lr as a fraction of its peak: up in warmup * steps steps, then down to lr_end, linearly."""
+    rise = (step + 1) / max(1, warmup * steps)          # not 0 at the first step
     fall = (1 - lr_end) * (steps - step) / max(1, steps - warmup * steps)
     return min(1.0, rise, lr_end + fall)
 
 
 # Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; these are the
 # paper's. SQuAD has two distributions, of start and end: their KLs, each in fp32, are averaged.
+# STS-B's one number is no distribution: its KL is 0.
 def task_loss(net, batch, teacher, temperature=2.0):
-    """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student).
-
-    STS-B's model gives one number and no distribution: its KL is 0.
-    """
+    """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student)."""
     out = net(**batch)
     if teacher is None:
         return out.loss
@@ -286,22 +287,19 @@ def main(args):
     world = int(os.environ.get("WORLD_SIZE", 1))
 
     # ---- mistakes that can be seen before anything is loaded
-    for name in ("model", "teacher"):
-        folder = vars(args)[name]
-        if folder and os.path.realpath(folder) == os.path.realpath(out):
-            raise SystemExit(f"--out {out} is the --{name} folder too: give another")
+    inputs = {os.path.realpath(args.model), os.path.realpath(args.teacher or args.model)}
+    if os.path.realpath(out) in inputs:
+        raise SystemExit(f"--out {out} is the --model or --teacher folder too: give another")
     if out.is_file() or (any(out.glob("*")) and not log.exists()):
         raise SystemExit(f"--out {out} holds something other than a run: give a new folder")
     settings = vars(args) | {"script": method, "processes": world, "out": None, "resume": None}
-    settings = json.loads(json.dumps(settings))         # as log.jsonl's first line will hold them
     if args.resume:
         if not log.exists() or (out / "result.json").exists():
             raise SystemExit(f"--resume: {out} holds no unfinished run: give the --out of one")
         before = json.loads(log.read_text().partition("\n")[0])["args"]
         differ = sorted(name for name in settings if before.get(name) != settings[name])
         if differ:
-            raise SystemExit(f"--resume: {out} was begun with another {', '.join(differ)}: give "
-                             "the command that began it")
+            raise SystemExit(f"{out} was begun with another {', '.join(differ)}: give its command")
     # <method: checks>
     # nothing
     # </method>
@@ -339,11 +337,10 @@ def main(args):
     tokenizer = common.load_tokenizer(args.model)
     data = common.Data(args.task, args.data, tokenizer, args.length)
     if min(args.batch_size, len(data.train)) % world:
-        raise SystemExit(f"--batch_size {args.batch_size} ({len(data.train)} examples) does not "
-                         f"split evenly over {world} processes: give a multiple of {world}")
+        raise SystemExit(f"--batch_size (or the examples, if fewer) must be a multiple of {world}")
     if args.steps is None:
         args.steps = max(1, args.epochs * len(data.train) // args.batch_size)
-    torch.manual_seed(args.seed)                        # of a head that is new
+    torch.manual_seed(args.seed)                        # for a head that is created anew
     model = common.load_bert(args.model, data).to(device).train()
     model.bert.embeddings.requires_grad_(False)         # as in movement pruning's official code
     teacher = None
@@ -358,7 +355,7 @@ def main(args):
 
     # <method: setup>
     if not layers:
-        raise SystemExit("`layers` is empty: nothing would be pruned")
+        raise SystemExit("the model has no matrix to prune: give another --model")
     if args.sparsity == 1:
         layers = {}                                     # dense: nothing is masked
     # From here on each read of layer.weight calls Masked.forward: the layer computes with W * M.
@@ -381,10 +378,8 @@ def main(args):
 
     # ---- optimizer: no weight decay, so that the loss and the method alone move a weight
     optimizer = torch.optim.AdamW(groups, eps=1e-8, weight_decay=0.0, fused=True)
-    trained = [p for group in groups for p in group["params"]]
-    net = model
-    if world > 1:
-        net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    parameters = [p for group in groups for p in group["params"]]
+    net = DDP(model, broadcast_buffers=False) if world > 1 else model
 
     # ---- resume
     first, seconds = 0, 0.0
@@ -395,10 +390,10 @@ def main(args):
         state.update(saved["state"])
         first, seconds = saved["step"], saved["seconds"]
         del saved
-    if args.resume:                                     # 0: it was killed before a checkpoint
+    if args.resume:                                     # from 0, if there was no checkpoint yet
         print(f"the run goes on from step {first}")
 
-    # ---- the loop: batch, dropout and lr depend on seed and step alone, as a resumed run needs
+    # ---- the loop. Each step is seeded by its number, so that a resumed run repeats it
     started = time.time() - seconds
     batches = data.batches(first, args.batch_size, args.seed)
     for step in range(first, args.steps):
@@ -408,9 +403,8 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        # The slots leave behind: v, the fraction that should be kept at this step, here; penalty,
-        # what is added to the loss; goal, the fraction to be kept in the end, after the loop.
-        # A v or goal of None means that there is none.
+        # The slots set v, the fraction to keep at this step (None: no goal); penalty, added to the
+        # loss; and, outside the loop, goal, the fraction to keep in the end (None: no goal).
         # <method: before forward>
         # Masks first, so that this step's loss and gradients are those of the pruned network.
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
@@ -431,7 +425,7 @@ def main(args):
         # nothing: the chain rule through W * M has masked dL/dW already
         # </method>
 
-        nn.utils.clip_grad_norm_(trained, args.clip)    # one norm over all that is trained
+        nn.utils.clip_grad_norm_(parameters, args.clip)     # one norm of all gradients
         optimizer.step()
 
         # <method: after step>
@@ -442,14 +436,10 @@ def main(args):
         done = step + 1
         seconds = time.time() - started
         if rank == 0 and (done % 50 == 0 or done == args.steps):
-            kept = common.count_kept(model)[1]
-            goal_text = "no goal" if v is None else f"goal {v:.1%}"
-            print(f"step {done:05d}/{args.steps:05d}  loss {loss:.4f}  penalty {penalty:.4f}  "
-                  f"kept {kept:.1%} ({goal_text})  lr {args.lr * factor:.1e}  "
-                  f"{1000 * seconds / done:.0f} ms  "
-                  f"eta {(args.steps - done) * seconds / done / 60:.0f}m", flush=True)
-            line = dict(step=done, loss=loss.item(), penalty=penalty.item(),
-                        kept=kept, goal=v, lr=args.lr * factor, seconds=seconds)
+            line = dict(step=done, loss=loss.item(), penalty=penalty.item(), goal=v,
+                        kept=common.count_kept(model)[1], lr=args.lr * factor, seconds=seconds)
+            print("  ".join(f"{name} {x:.6g}" for name, x in line.items() if x is not None),
+                  f" of about {seconds / done * args.steps:.0f}", flush=True)
             with open(log, "a") as file:
                 print(json.dumps(line), file=file)
             if not torch.isfinite(loss):
@@ -481,34 +471,26 @@ def main(args):
     kept_per_layer, kept, n_prunable = common.count_kept(model)
     with autocast:
         metrics, collapsed = data.evaluate(model)
-    for name, share in kept_per_layer.items():
-        print(f"{name:50s} kept {share:7.2%} {'#' * round(40 * share)}")
     total = time.time() - started
     shown = " ".join(f"{name} {value:.1f}" for name, value in metrics.items())
     line = (f"RESULT {method} {args.task} keeps {kept:.2%} (prunes {1 - kept:.2%}) {shown} | "
             f"{args.steps} steps {total:.0f} s seed {args.seed} | {out}")
-    # missed: by more than 0.1 points, or 5 % of a small goal
     missed = goal is not None and abs(kept - goal) > min(0.001, 0.05 * goal)
     if missed:
         line += f" | MISSED the goal of {goal:.2%}"
-    result = dict(
-        method=method, task=args.task,
+    (out / "result.json").write_text(json.dumps(dict(
+        method=method, task=args.task, metrics=metrics, collapsed=collapsed,
         kept=kept, kept_per_layer=kept_per_layer, n_prunable=n_prunable,
-        metrics=metrics, collapsed=collapsed,
         n_train=len(data.train), n_dev=data.n_dev,
         seconds=total, ms_per_step=1000 * seconds / args.steps,
         device=str(device), card=card, precision=precision, threads=torch.get_num_threads(),
         peak_memory=torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         versions={module.__name__: module.__version__ for module in (torch, transformers, np)},
-        args=vars(args) | {"out": str(out), "goal": goal},
-        line=line
-    )
-    (out / "result.json").write_text(json.dumps(result, indent=1))
+        args=vars(args) | {"out": str(out), "goal": goal}, line=line), indent=1))
     checkpoint.unlink(missing_ok=True)
     print(line)
     if collapsed:
-        print("COLLAPSED: the model answers all alike. More --steps help, or soft_mvp.py: see "
-              "results/why/README.md")
+        print("COLLAPSED: all answers alike. More steps or soft_mvp.py help: results/why/README.md")
     if missed:
         sys.exit(3)
 

@@ -6,7 +6,8 @@ at b3700cc02f, pruners/MWA.py, class MWA.
 Before training we assume that most weights are close to 0 and some are not. This assumption, a
 prior, is the sum of two normal densities: a thin spike at 0 and a wide slab. Training looks for the
 most probable weights, given the data and the prior. So a weight inside the spike is pulled to 0,
-and a larger one is hardly pulled. Now and then the smallest weights of all are set to 0.
+and a larger one is hardly pulled. At intervals the smallest |w|, over all matrices together, are
+set to 0, more each time. The hope: the prior has sorted the weights by then, so little is lost.
 
     pi(w)    = lam p(w; s1) + (1 - lam) p(w; s0)      p(w; s): normal density at w, variance s
     g(w)     = (1 - lam) p(w; s0) / pi(w)             the spike's share of the density at w
@@ -14,30 +15,38 @@ and a larger one is hardly pulled. Now and then the smallest weights of all are 
     gradient = dL/dw + pull(w) / n                    for AdamW, until the last zeroing
     v        = v_f + (v_i - v_f) (1 - (t - t_i T) / (T - t_i T - t_f T))^3
 
-    w            one of the N weights in the six matrices of each encoder layer, (out, in) each
+    w            one of the N weights that can be pruned. Each encoder layer has six matrices of
+                 them, (out, in) each; N counts those of all layers
     lam          weight of the slab: 0.1 until t_i T, then linearly down to 1e-4 at T - t_f T;
-                 --mix fixes it, and --mix 1 is plain L2
+                 --mix fixes it, and with --mix 1 the pull is plain L2
     s0, s1       variances of spike and slab: --spike and --slab
-    n            L is the mean of n terms: training examples (windows of text on SQuAD). In a
-                 language model, whose loss is a mean over tokens, n is the number of tokens
-    v            fraction left by a zeroing after t of T steps: from v_i (0.7 on mini, or v_f if
-                 that is larger) down to v_f, which is --sparsity, the fraction KEPT
+    L            the loss, a mean of n terms
+    n            number of training examples (windows of text on SQuAD). In a language model, whose
+                 loss is a mean over tokens, n is the number of tokens
+    v            fraction left by a zeroing after t of T steps: from v_i down to v_f, which is
+                 --sparsity, the fraction KEPT. v_i is 0.7 (0.5 for SQuAD and QNLI under the paper
+                 preset), or v_f, if that is larger
 
 Weights are zeroed after t_i T steps, then whenever --interval divides t, for the last time after
-T - t_f T steps. A zeroed weight is not masked: the next step moves it off 0 again, but hardly one
-grows large enough to escape the next zeroing. After the last zeroing zeros stay.
+T - t_f T steps. A zeroed weight is not masked: the next step moves it off 0 again, and it is zeroed
+again unless it has grown enough by the next zeroing. After the last zeroing the pull has ended, and
+each step restores the zeros. (With the paper's t_f of 0 the run ends there.)
 
-What the spike does depends on AdamW. It reaches to |w| = 5e-5, and on mini a step of AdamW is up to
-5e-4 long: a weight that lands inside gets one huge gradient, and is thrown across and out of it. At
-10 % of mini it cost five points, elsewhere it made no clear difference: results/why/README.md.
+Does the hope come true? Not that we could measure. The spike ends at |w| = 5e-5, and an ordinary
+step of AdamW on mini is 5e-4 long. So a weight that lands inside gets one huge gradient, and is
+thrown across the spike and out of it. On mini with 10 % kept, runs with the spike score five points
+less than runs with --mix 1; elsewhere the two do not clearly differ: results/why/README.md.
 
-Unlike magnitude.py: zeros are written into the weights, all matrices are ranked together without a
-least share for each, and no gradient is clipped. Unlike the author's code: exactly round(v N)
-weights remain, and fine-tuning freezes the embeddings, as in the other files. The author's scripts
-changed over time; ours follows those of Feb 2024. Lines called official are of this code, or, where
-a masked_run_squad.py or binarizer.py is named, of movement pruning's (see magnitude.py).
+Unlike magnitude.py: zeros are written into the weights, all matrices are ranked together, any of
+them may lose all its weights, and no gradient is clipped. Unlike the author's code: exactly
+round(v N) weights remain, and fine-tuning freezes the embeddings, as in the other files. The
+author's scripts changed over time; ours follows those of Feb 2024. "Official" means the author's
+code; with masked_run_squad.py and binarizer.py it means movement pruning's (see magnitude.py).
 
-    python mgpp.py --task squad --sparsity 0.1          without a GPU, on mini/'s made-up data, ends
+    python mgpp.py --task squad --sparsity 0.1
+
+Without a GPU this runs on mini/'s made-up data. Its last line then begins:
+
     RESULT mgpp squad keeps 10.00% (prunes 90.00%) EM 76.8 F1 78.1 | 1000 steps ..
 """
 import argparse
@@ -52,9 +61,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
 
-# Between <method: ..> and </method>, in a slot, stands what this method adds. All outside the slots
-# is the frame: it is the same in all six files.
+# What stands outside the slots, <method: ..> to </method>, is the same in all six files.
 # <method: imports>
 import math
 
@@ -65,13 +74,13 @@ import common
 # ---- when, and how much
 
 # Why gradually? A pruned weight takes its share of the work with it, and the other weights need
-# some steps to take that over. Why a cubic? It is steep at first, when many weights are of little
-# use, and flat at the end, when each pruned weight is missed.
-# Official: masked_run_squad.py, lines 72-92. There t_i and t_f are set as multiples of a fixed
-# number of warm-up steps, and a run shorter than that never starts to prune. There the first step
-# is number 1 (in masked_run_glue.py it is 0, as here).
+# some steps to take that over. Why a cubic? Zhu and Gupta chose it because it is steep at first,
+# when many weights are of little use, and flat at the end, when each pruned weight is missed.
+# Official: masked_run_squad.py, lines 72-92. There pruning begins and ends after a number of steps
+# that does not depend on the length of the run, so a short run never starts to prune. There the
+# first step is number 1 (in masked_run_glue.py it is 0, as here).
 def schedule(step, steps, v_f, t_i, t_f):
-    """v, the fraction to keep at this step (0 to steps - 1), by eq. 5 of Sanh et al.
+    """v, the fraction to keep at a step (the first is 0), by eq. 5 of Sanh et al.
 
     1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. (In a run of a few
     steps the last v may be above v_f; the slot "bake" prunes to v_f in any case.)
@@ -84,28 +93,29 @@ def schedule(step, steps, v_f, t_i, t_f):
 
 # Official: MWA.py, lines 189-206. There the first zeroing comes after t_i T + 1 steps.
 def fraction_left(step, steps, v_f, t_i, t_f, v_i):
-    """v, the fraction left by a zeroing after `step` steps: 1 before t_i, then from v_i down.
+    """v, the fraction left by a zeroing when `step` steps are done: 1 before t_i, then v_i to v_f.
 
     Where v_i is below v_f, it is v_f from the first zeroing on.
     """
     if step < t_i * steps:
         return 1.0
-    # with a v_f of 0 schedule goes from 1 down to 0
+    # with 0.0 for its v_f, schedule goes from 1 down to 0
     return v_f + (max(v_i, v_f) - v_f) * schedule(step, steps, 0.0, t_i, t_f)
 
 
 # Official: MWA.py, lines 114-126.
 def mixing_weight(step, steps, t_i, t_f):
-    """lam, the weight of the slab: falls linearly from 0.1 to 1e-4 while weights are pruned."""
+    """lam, the weight of the slab, at this step: linearly from 0.1 at t_i to 1e-4 at 1 - t_f."""
     done = (step - t_i * steps) / max(1.0, (1 - t_i - t_f) * steps)
     return 0.1 + (1e-4 - 0.1) * min(max(done, 0.0), 1.0)
 
 
 # ---- the prior
 
-# Training minimises -log(posterior), taken as the sum of the losses of n examples - log pi(w) of
-# all weights + a constant. L is the mean of these losses, so all is divided by n: the gradient is
-# dL/dw + pull(w) / n.
+# Training minimises
+#     -log posterior = (sum of the losses of n examples) - (sum of log pi(w) over all w) + constant
+# L is the mean of these losses, so all is divided by n: the gradient is dL/dw + pull(w) / n. (With
+# a --teacher L is no longer -log of a likelihood; the pull is the same.)
 #
 # The share of the spike, by Bayes' rule: g = (1 - lam) p(w; s0) / pi(w). Divide above and below by
 # the numerator: g = 1 / (1 + exp(c1 + c2 w^2)), with
@@ -113,8 +123,8 @@ def mixing_weight(step, steps, t_i, t_f):
 # Each density pulls with w over its own variance; the two are mixed in the shares g and 1 - g:
 #     pull = w (g / s0 + (1 - g) / s1) = w (1 / s1 + g (1 / s0 - 1 / s1))
 # With s0 = 1e-10 and s1 = 0.05 the two terms of pi are equal at |w| = 4.9e-5 for lam = 0.1, and at
-# 6.2e-5 for lam = 1e-4. Well below, the pull is w / 1e-10, up to hundreds of thousands; from about
-# 9e-5 on it is w / 0.05.
+# 6.2e-5 for lam = 1e-4. Well below, the pull is w / 1e-10, up to hundreds of thousands; from 1e-4
+# on it is w / 0.05.
 # Official: MWA.py, lines 128-145.
 def prior_gradient(w, lam, s0, s1):
     """pull(w) = -d log pi / dw for the prior lam N(0, s1) + (1 - lam) N(0, s0), 0 < lam <= 1.
@@ -122,7 +132,7 @@ def prior_gradient(w, lam, s0, s1):
     w: any shape, the result has the same. s0 and s1 are variances.
     """
     if lam == 1:
-        return w / s1                                   # no spike: plain L2
+        return w / s1                                   # no spike, plain L2; c1 would be infinite
     c1 = math.log(lam / (1 - lam)) + 0.5 * math.log(s0 / s1)
     c2 = 0.5 / s0 - 0.5 / s1
     g = torch.sigmoid(-c1 - c2 * w * w)
@@ -136,7 +146,7 @@ def kth_largest(x, k):
     n = len(x)
     if x.device.type == "cpu":                          # numpy selects without a sort
         return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
-    if k > n // 2:                                      # topk is for few: from the other end
+    if k > n // 2:                                      # topk is quick for few: from the other end
         return x.topk(n - k + 1, largest=False, sorted=False).values.max()
     return x.topk(k, sorted=False).values.min()
 
@@ -144,16 +154,17 @@ def kth_largest(x, k):
 # Official: binarizer.py, lines 95-103. That code sorts in each forward pass, keeps int(v n), and
 # leaves open which of equal scores stay.
 def top_v(scores, v):
-    """Top_v: True for the highest round(v n) of all n scores, of equal ones the first, row by row.
+    """Top_v: True for the highest round(v n) of all n scores, and for one if round(v n) is 0.
 
-    scores: of any shape; the mask has the same. One weight stays where round(v n) is 0.
+    scores: of any shape; the mask has the same. Of equal scores those that come first in the
+    flattened tensor stay.
     """
     flat = scores.flatten()                             # (n,)
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)
     stays = flat >= threshold                           # k of them, or more where scores are equal
-    # A GPU works behind Python's back: to ask for this number would mean to wait. So there equal
-    # scores are always counted off.
+    # On a GPU the question how many there are would make Python wait for the answer. So there
+    # equal scores are always counted off.
     if flat.is_cuda or torch.count_nonzero(stays) > k:
         above = flat > threshold
         equal = flat == threshold
@@ -175,30 +186,28 @@ def zero_smallest(weights, v):
         w.mul_(stays.view_as(w))
 # </method>
 
-
-# ---- presets and flags
-
 # <method: hyper-parameters>
-# The paper's table and the author's scripts; the mini preset and other tasks are ours. Of all
-# steps, warmup is the fraction in which lr rises, t_i that before the first zeroing, t_f that
-# after the last. lr_end: the fraction of lr that is left after the last step. v_i: fraction kept
-# at the first zeroing. spike, slab: variances. interval: steps between zeroings. length: tokens of
-# a text. clip: nothing is clipped. adam: its betas and eps; on mini and squad torch's, as in the
-# other five.
+# From the paper's table and the author's scripts; the mini preset, and tasks without an entry of
+# their own, are ours. "*" holds for all tasks; a task's own values go before it. warmup, t_i and
+# t_f are fractions of all steps: lr rises during warmup, the first zeroing comes after t_i, and
+# the last one t_f before the end. lr_end: the fraction of lr that is left after the last step.
+# v_i: fraction kept at the first zeroing. spike, slab: variances. interval: steps between
+# zeroings. length: tokens of a text. clip: nothing is clipped. adam: its betas and eps; on mini
+# and squad torch's, as in the other five.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
     steps=1000, batch_size=32, lr=5e-4,
     length=128, warmup=0.05, lr_end=0.0,
     clip=1e30, t_i=0.05, t_f=0.3, v_i=0.7, spike=1e-10, slab=0.05, interval=10,
-    adam=dict(betas=(0.9, 0.999), eps=1e-8)
+    adam=dict(betas=[0.9, 0.999], eps=1e-8)
 )
 PAPER = MINI | dict(
     model="bert-base-uncased",
     data="data",
     steps=None, epochs=6, lr=5e-5,
     length=512, warmup=0.0, lr_end=0.1, t_i=0.1, t_f=0.0, interval=100,
-    adam=dict(betas=(0.9, 0.98), eps=1e-6)
+    adam=dict(betas=[0.9, 0.98], eps=1e-6)
 )
 HYPER = {
     "mini": {
@@ -252,8 +261,7 @@ def flags():
     add("--device", default="cuda" if cuda else "cpu", help="cpu, cuda, cuda:1, ..")
     add("--teacher", help="distil from the fine-tuned model in this folder")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    add("--checkpoint_every", type=number(int), default=500,
-        help="in steps; for BERT-base a checkpoint is a file of 1.1 GB, 2.1 with learned scores")
+    add("--checkpoint_every", type=number(int), default=500, help="in steps; BERT-base: 1 to 2 GB")
     # <method: flags>
     add("--mix", type=number(float, high=1), help="fixed weight of the slab; 1: plain L2")
     add("--spike", type=number(float), help="variance of the spike")
@@ -266,22 +274,17 @@ def flags():
 # ---- the run
 
 def lr_factor(step, steps, warmup, lr_end):
-    """lr as a fraction of its peak: up in warmup * steps steps, then down to lr_end, linearly.
-
-    The first step has one part of the rise, not 0.
-    """
-    rise = (step + 1) / max(1, warmup * steps)
+    """lr as a fraction of its peak: up in warmup * steps steps, then down to lr_end, linearly."""
+    rise = (step + 1) / max(1, warmup * steps)          # not 0 at the first step
     fall = (1 - lr_end) * (steps - step) / max(1, steps - warmup * steps)
     return min(1.0, rise, lr_end + fall)
 
 
 # Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; these are the
 # paper's. SQuAD has two distributions, of start and end: their KLs, each in fp32, are averaged.
+# STS-B's one number is no distribution: its KL is 0.
 def task_loss(net, batch, teacher, temperature=2.0):
-    """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student).
-
-    STS-B's model gives one number and no distribution: its KL is 0.
-    """
+    """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student)."""
     out = net(**batch)
     if teacher is None:
         return out.loss
@@ -310,22 +313,19 @@ def main(args):
     world = int(os.environ.get("WORLD_SIZE", 1))
 
     # ---- mistakes that can be seen before anything is loaded
-    for name in ("model", "teacher"):
-        folder = vars(args)[name]
-        if folder and os.path.realpath(folder) == os.path.realpath(out):
-            raise SystemExit(f"--out {out} is the --{name} folder too: give another")
+    inputs = {os.path.realpath(args.model), os.path.realpath(args.teacher or args.model)}
+    if os.path.realpath(out) in inputs:
+        raise SystemExit(f"--out {out} is the --model or --teacher folder too: give another")
     if out.is_file() or (any(out.glob("*")) and not log.exists()):
         raise SystemExit(f"--out {out} holds something other than a run: give a new folder")
     settings = vars(args) | {"script": method, "processes": world, "out": None, "resume": None}
-    settings = json.loads(json.dumps(settings))         # as log.jsonl's first line will hold them
     if args.resume:
         if not log.exists() or (out / "result.json").exists():
             raise SystemExit(f"--resume: {out} holds no unfinished run: give the --out of one")
         before = json.loads(log.read_text().partition("\n")[0])["args"]
         differ = sorted(name for name in settings if before.get(name) != settings[name])
         if differ:
-            raise SystemExit(f"--resume: {out} was begun with another {', '.join(differ)}: give "
-                             "the command that began it")
+            raise SystemExit(f"{out} was begun with another {', '.join(differ)}: give its command")
     # <method: checks>
     if args.sparsity == 1:
         raise SystemExit("--sparsity 1 prunes nothing: use python magnitude.py --sparsity 1")
@@ -364,11 +364,10 @@ def main(args):
     tokenizer = common.load_tokenizer(args.model)
     data = common.Data(args.task, args.data, tokenizer, args.length)
     if min(args.batch_size, len(data.train)) % world:
-        raise SystemExit(f"--batch_size {args.batch_size} ({len(data.train)} examples) does not "
-                         f"split evenly over {world} processes: give a multiple of {world}")
+        raise SystemExit(f"--batch_size (or the examples, if fewer) must be a multiple of {world}")
     if args.steps is None:
         args.steps = max(1, args.epochs * len(data.train) // args.batch_size)
-    torch.manual_seed(args.seed)                        # of a head that is new
+    torch.manual_seed(args.seed)                        # for a head that is created anew
     model = common.load_bert(args.model, data).to(device).train()
     model.bert.embeddings.requires_grad_(False)         # as in movement pruning's official code
     teacher = None
@@ -383,7 +382,7 @@ def main(args):
 
     # <method: setup>
     if not layers:
-        raise SystemExit("`layers` is empty: nothing would be pruned")
+        raise SystemExit("the model has no matrix to prune: give another --model")
     weights = [layer.weight for layer in layers.values()]   # W: (out, in) each, pruned in place
     groups[0] |= args.adam
     begin = math.ceil(args.t_i * args.steps)                # steps done at the first zeroing
@@ -403,10 +402,8 @@ def main(args):
 
     # ---- optimizer: no weight decay, so that the loss and the method alone move a weight
     optimizer = torch.optim.AdamW(groups, eps=1e-8, weight_decay=0.0, fused=True)
-    trained = [p for group in groups for p in group["params"]]
-    net = model
-    if world > 1:
-        net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    parameters = [p for group in groups for p in group["params"]]
+    net = DDP(model, broadcast_buffers=False) if world > 1 else model
 
     # ---- resume
     first, seconds = 0, 0.0
@@ -417,10 +414,10 @@ def main(args):
         state.update(saved["state"])
         first, seconds = saved["step"], saved["seconds"]
         del saved
-    if args.resume:                                     # 0: it was killed before a checkpoint
+    if args.resume:                                     # from 0, if there was no checkpoint yet
         print(f"the run goes on from step {first}")
 
-    # ---- the loop: batch, dropout and lr depend on seed and step alone, as a resumed run needs
+    # ---- the loop. Each step is seeded by its number, so that a resumed run repeats it
     started = time.time() - seconds
     batches = data.batches(first, args.batch_size, args.seed)
     for step in range(first, args.steps):
@@ -430,16 +427,15 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        # The slots leave behind: v, the fraction that should be kept at this step, here; penalty,
-        # what is added to the loss; goal, the fraction to be kept in the end, after the loop.
-        # A v or goal of None means that there is none.
+        # The slots set v, the fraction to keep at this step (None: no goal); penalty, added to the
+        # loss; and, outside the loop, goal, the fraction to keep in the end (None: no goal).
         # <method: before forward>
         # The frame's log needs v now; the zeroing itself comes after the step.
         t = step + 1                                        # steps done by then
-        pruning = t <= end                                  # up to the last zeroing
+        pulls = t <= end                                    # up to the last zeroing
         due = t in (begin, end) or (begin < t < end and t % args.interval == 0)
         v = fraction_left(t, args.steps, args.sparsity, args.t_i, args.t_f, args.v_i)
-        if pruning and not due:
+        if pulls and not due:
             v = None                                        # no goal until the next zeroing
         # </method>
 
@@ -456,18 +452,18 @@ def main(args):
         # <method: gradient>
         # The pull joins dL/dW before the optimizer: it enters AdamW's moments with the loss's
         # gradient, and is not decoupled as weight decay is. As a term of the loss it would be the
-        # same, but for rounding in bf16. The pull ends with the last zeroing. Nothing is clipped
-        # (clip is 1e30): the pull is large, and one norm would shrink the loss's gradient with it.
-        if pruning:
+        # same. The pull ends with the last zeroing. Nothing is clipped (clip is 1e30): the pull is
+        # large, and clipping would shrink the loss's gradient together with it.
+        if pulls:
             lam = args.mix or mixing_weight(step, args.steps, args.t_i, args.t_f)
             for w in weights:
                 pull = prior_gradient(w.detach(), lam, args.spike, args.slab)
                 w.grad.add_(pull, alpha=1 / len(data.train))                    # 1 / n
         else:
-            remains = [w != 0 for w in weights]             # before AdamW moves them
+            remains = [w != 0 for w in weights]             # for "after step": AdamW moves zeros
         # </method>
 
-        nn.utils.clip_grad_norm_(trained, args.clip)    # one norm over all that is trained
+        nn.utils.clip_grad_norm_(parameters, args.clip)     # one norm of all gradients
         optimizer.step()
 
         # <method: after step>
@@ -475,7 +471,7 @@ def main(args):
         # moments live on: a weight zeroed before the last zeroing moves again at the next step.
         if due:
             zero_smallest(weights, v)
-        if not pruning:
+        if not pulls:
             for w, stays in zip(weights, remains):
                 w.data.mul_(stays)
         # </method>
@@ -484,14 +480,10 @@ def main(args):
         done = step + 1
         seconds = time.time() - started
         if rank == 0 and (done % 50 == 0 or done == args.steps):
-            kept = common.count_kept(model)[1]
-            goal_text = "no goal" if v is None else f"goal {v:.1%}"
-            print(f"step {done:05d}/{args.steps:05d}  loss {loss:.4f}  penalty {penalty:.4f}  "
-                  f"kept {kept:.1%} ({goal_text})  lr {args.lr * factor:.1e}  "
-                  f"{1000 * seconds / done:.0f} ms  "
-                  f"eta {(args.steps - done) * seconds / done / 60:.0f}m", flush=True)
-            line = dict(step=done, loss=loss.item(), penalty=penalty.item(),
-                        kept=kept, goal=v, lr=args.lr * factor, seconds=seconds)
+            line = dict(step=done, loss=loss.item(), penalty=penalty.item(), goal=v,
+                        kept=common.count_kept(model)[1], lr=args.lr * factor, seconds=seconds)
+            print("  ".join(f"{name} {x:.6g}" for name, x in line.items() if x is not None),
+                  f" of about {seconds / done * args.steps:.0f}", flush=True)
             with open(log, "a") as file:
                 print(json.dumps(line), file=file)
             if not torch.isfinite(loss):
@@ -521,34 +513,26 @@ def main(args):
     kept_per_layer, kept, n_prunable = common.count_kept(model)
     with autocast:
         metrics, collapsed = data.evaluate(model)
-    for name, share in kept_per_layer.items():
-        print(f"{name:50s} kept {share:7.2%} {'#' * round(40 * share)}")
     total = time.time() - started
     shown = " ".join(f"{name} {value:.1f}" for name, value in metrics.items())
     line = (f"RESULT {method} {args.task} keeps {kept:.2%} (prunes {1 - kept:.2%}) {shown} | "
             f"{args.steps} steps {total:.0f} s seed {args.seed} | {out}")
-    # missed: by more than 0.1 points, or 5 % of a small goal
     missed = goal is not None and abs(kept - goal) > min(0.001, 0.05 * goal)
     if missed:
         line += f" | MISSED the goal of {goal:.2%}"
-    result = dict(
-        method=method, task=args.task,
+    (out / "result.json").write_text(json.dumps(dict(
+        method=method, task=args.task, metrics=metrics, collapsed=collapsed,
         kept=kept, kept_per_layer=kept_per_layer, n_prunable=n_prunable,
-        metrics=metrics, collapsed=collapsed,
         n_train=len(data.train), n_dev=data.n_dev,
         seconds=total, ms_per_step=1000 * seconds / args.steps,
         device=str(device), card=card, precision=precision, threads=torch.get_num_threads(),
         peak_memory=torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         versions={module.__name__: module.__version__ for module in (torch, transformers, np)},
-        args=vars(args) | {"out": str(out), "goal": goal},
-        line=line
-    )
-    (out / "result.json").write_text(json.dumps(result, indent=1))
+        args=vars(args) | {"out": str(out), "goal": goal}, line=line), indent=1))
     checkpoint.unlink(missing_ok=True)
     print(line)
     if collapsed:
-        print("COLLAPSED: the model answers all alike. More --steps help, or soft_mvp.py: see "
-              "results/why/README.md")
+        print("COLLAPSED: all answers alike. More steps or soft_mvp.py help: results/why/README.md")
     if missed:
         sys.exit(3)
 

@@ -5,8 +5,9 @@ text was not available to us. We had its abstract, the survey of Ganesh et al., 
 (LinLabNEU/reweighted_prune4 at 3db6f142b6), and what one of us remembered of the text: that is
 marked "from memory". The other constants are ours.
 
-Pre-train a pre-trained BERT a little further on text, embeddings included, and prune it meanwhile.
-Every task then fine-tunes what remains, the support.
+Go on with BERT's pre-training for a while. All weights are trained, the embeddings too; meanwhile
+the encoder's matrices are pruned. The pruned BERT is called the support, and stands in
+out/support. Every task then starts from it: pruned once, on text that has no labels, for all tasks.
 
     minimise  f0(w) + gamma sum_i alpha_i |w_i|           f0: BERT's pre-training loss, MLM + NSP
 
@@ -18,23 +19,29 @@ is pulled towards 0, survivors too, and one that would cross 0 becomes 0: the pr
 Reweighted: pruning is cut into rounds. In the first one each alpha_i is 1. When round k ends,
 alpha_i = 1 / (|w_i|^p + eps). From then on small weights are pulled harder than large ones.
 
-    w            the N weights in the six matrices of each encoder layer, ranked all together
+    w            the N weights in the six matrices of each encoder layer, all layers together
     lr           pre-training's learning rate at this step
     gamma        how hard all weights are pulled. It is chosen at each step so that the fraction v
                  remains (lr then cancels). --gamma G fixes it instead, as the paper does
-    v            fraction kept, on magnitude.py's cubic from 1 to --sparsity, the fraction KEPT
-    p, eps       min(k, 5), but 1 with --gamma; 1e-9
+    v            fraction kept: s + (1 - s) (1 - progress)^3. progress goes from 0 to 1 while rounds
+                 last; s is --sparsity, the fraction KEPT
+    p            min(k, 5); with --gamma 1
+    eps          1e-9
     recover      the last fraction of pre-training, after the rounds: nothing more is pruned
 
 After the rounds, and in fine-tuning, zeros stay. Most of this file is BERT's pre-training. The
-method is four short functions: prox, reweight, solve_gamma, proximal_step. --nip is the paper's
-baseline, magnitude pruning in stairs, whose zeros stay from the first stair on. --sparsity 1 is the
-control, which reads the text and prunes nothing. The last line's seconds are of fine-tuning alone.
+method is four short functions: prox, reweight, solve_gamma, proximal_step. --nip, the paper's
+baseline, prunes by magnitude in stairs, and its zeros stay from the first stair on. --sparsity 1
+is the control, which reads the text and prunes nothing. The seconds of the last line do not count
+pre-training.
 
-    python rpp.py --task squad --sparsity 0.4           without a GPU, on mini/'s made-up data, ends
+    python rpp.py --task squad --sparsity 0.4
+    python rpp.py --task mnli --sparsity 0.4 --support out/rpp-squad-0.4-s0      another task
+
+Without a GPU this runs on mini/'s made-up data. The first command's last line then begins:
+
     RESULT rpp squad keeps 40.00% (prunes 60.00%) EM 81.8 F1 82.3 | 1000 steps ..
     (with --pretrain_steps 4000 F1 98.3)
-    python rpp.py --task mnli --sparsity 0.4 --support out/rpp-squad-0.4-s0      another task
 """
 import argparse
 import json
@@ -48,9 +55,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
 
-# Between <method: ..> and </method>, in a slot, stands what this method adds. All outside the slots
-# is the frame: it is the same in all six files.
+# What stands outside the slots, <method: ..> to </method>, is the same in all six files.
 # <method: imports>
 import re
 import shutil
@@ -64,16 +71,17 @@ import common
 # ---- the method
 
 def largest_to_go(x, v):
-    """The largest element (>= 0) of a flat tensor to remove, so that round(v n) of n are left.
+    """The limit below which elements go: if all up to it are removed, round(v n) of n are left.
 
-    A float; 0.0 where none has to go. One is left at least. Elements equal to this limit go too.
+    x: (n,), none below 0. Returns a float, which is an element of x, or 0.0 where none has to go.
+    round(v n) counts as 1 at least. Where elements equal the limit all of them go, and fewer stay.
     """
     n_go = len(x) - max(1, round(v * len(x)))
     if n_go == 0:
         return 0.0
     if x.device.type == "cpu":                          # numpy selects without a sort
         return float(np.partition(x.numpy(), n_go - 1)[n_go - 1])
-    if n_go > len(x) // 2:                              # topk is for few: from the other end
+    if n_go > len(x) // 2:                              # topk is quick for few: from the other end
         return float(x.topk(len(x) - n_go + 1, sorted=False).values.min())
     return float(x.topk(n_go, largest=False, sorted=False).values.max())
 
@@ -81,9 +89,10 @@ def largest_to_go(x, v):
 # Why not add gamma sum_i alpha_i |w_i| to the loss? Its gradient would go through Adam, which
 # divides by the recent size of all gradients: where the term dominates, a larger gamma hardly
 # changes the step. And such steps hardly ever end at exactly 0. So Adam minimises f0 alone, and
-# the other term is minimised exactly, near the point a that Adam has reached (that lr, and not the
-# step length of Adam, weighs the two is a choice):
+# the other term is minimised exactly, near the point a that Adam has reached:
 #     w = argmin_x (x - a)^2 / 2 + threshold |x|,  threshold = lr gamma alpha
+# (Adam's real step length differs from weight to weight. To weigh the two terms by lr alone is a
+# choice; it matters with --gamma only.)
 # For x > 0 the slope is x - a + threshold, which is 0 at x = a - threshold, if that is above 0.
 # For x < 0 it is 0 at a + threshold, if that is below 0. Where |a| <= threshold there is neither:
 # the minimum is the kink at 0.
@@ -92,14 +101,16 @@ def prox(a, threshold):
     return a - a.clamp(-threshold, threshold)
 
 
-# With p = 1 each weight that is not 0 adds |w| / |w| = 1 to sum_i alpha_i |w_i|: the sum counts
-# them. A larger p pulls small weights harder still. Can a zero come back? When a round ends, its
-# alpha becomes 1 / eps. With p = 1 no other weight is held nearly as hard, so it stays at 0. With
-# p = 5 all weights below 0.016 have about this alpha (|w|^5 < eps): among them only |w| decides,
-# and a zero can come back as long as rounds last. The paper writes |w|^(t), from memory. Read as
-# the number of an iterate, as in the lab's other code, (t) means p = 1; read as a power it is the
-# round's number. The first is likelier, but the second scores better at 10 % of mini
-# (results/why/README.md), so it is the default here; --gamma takes p = 1.
+# With p = 1 each weight that is not 0 adds |w| / |w| = 1 to sum_i alpha_i |w_i| when a round
+# begins: there the sum counts them. A larger p pulls small weights harder still. Can a zero come
+# back? Within a round it keeps the alpha that it had, and can. When the round ends, its alpha
+# becomes 1 / eps. With p = 1 no other weight is held nearly as hard, so it stays at 0. With p = 5
+# all weights well below 0.016 have about this alpha (|w|^5 < eps): among them only |a| decides,
+# and a zero can come back as long as rounds last. The paper writes |w|^(t), from memory. If (t) is
+# the number of an iterate, as in the lab's other code, then p = 1. If it is a power, then p is the
+# round's number. The first is likelier, but the second scores better on mini with 10 % kept
+# (results/why/README.md), so it is the default here. --gamma is the paper's way, so it takes the
+# likelier p = 1.
 def reweight(w, p, eps):
     """alpha = 1 / (|w|^p + eps), of w's shape."""
     return 1 / (w.abs() ** p + eps)
@@ -140,7 +151,7 @@ def read_corpus(path, tokenizer):
     for text in re.split(r"\n\s*\n", common.read_text(path).strip()):
         lines = [line.strip() for line in text.split("\n") if line.strip()]
         encoded = tokenizer(lines, add_special_tokens=False)["input_ids"]
-        document = [ids for ids in encoded if ids]      # of control characters nothing is left
+        document = [ids for ids in encoded if ids]      # a line of control characters has no token
         if document:
             documents.append(document)
     if len(documents) < 4:
@@ -236,16 +247,14 @@ def accuracy(net, batches, device):
     return f"MLM {mlm:.1%} NSP {nsp:.1%} right"
 # </method>
 
-
-# ---- presets and flags
-
 # <method: hyper-parameters>
-# Fine-tuning: as in magnitude.py. Pre-training under the paper preset: rounds, lr, batch_size and
-# eps are the paper's, from memory; the rest, and the mini preset, are ours. --steps, --batch_size
-# and --lr hold in both phases; --pretrain_steps overrides --steps in pre-training.
-# Of all steps, warmup is the fraction in which lr rises. lr_end: the fraction of lr that is left
-# after the last step. recover: the last fraction of pre-training, after the rounds. p: the highest
-# exponent. length: tokens of a text. clip: the norm to which all gradients are clipped together.
+# Fine-tuning: the values of magnitude.py, from the movement pruning paper. Pre-training under the
+# paper preset: rounds, lr, batch_size and eps are RPP's, from memory; the rest, and the mini
+# preset, are ours. --steps, --batch_size and --lr hold in both phases; --pretrain_steps overrides
+# --steps in pre-training. "*" holds for all tasks; a task's own values go before it. warmup: the
+# fraction of all steps in which lr rises. lr_end: the fraction of lr that is left after the last
+# step. recover: the last fraction of pre-training, after the rounds. p: the highest exponent.
+# length: tokens of a text. clip: the norm to which all gradients together are clipped.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
@@ -321,8 +330,7 @@ def flags():
     add("--device", default="cuda" if cuda else "cpu", help="cpu, cuda, cuda:1, ..")
     add("--teacher", help="distil from the fine-tuned model in this folder")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    add("--checkpoint_every", type=number(int), default=500,
-        help="in steps; for BERT-base a checkpoint is a file of 1.1 GB, 2.1 with learned scores")
+    add("--checkpoint_every", type=number(int), default=500, help="in steps; BERT-base: 1 to 2 GB")
     # <method: flags>
     add("--corpus", help="text to pre-train on, a blank line between documents")
     add("--pretrain_steps", type=number(int),
@@ -331,7 +339,8 @@ def flags():
         help="fix gamma, as the paper does: it decides what is kept, not --sparsity")
     add("--rounds", type=number(int), help="alpha is reweighted after each")
     add("--nip", action="store_true", help="the paper's baseline: magnitude pruning in stairs")
-    add("--support", help="no pre-training: start from the pruned model in this folder")
+    add("--support", help="start from the pruned model in this folder: no pre-training, so the "
+                          "flags above and --sparsity change nothing")
     # </method>
     return parser
 
@@ -339,22 +348,17 @@ def flags():
 # ---- the run
 
 def lr_factor(step, steps, warmup, lr_end):
-    """lr as a fraction of its peak: up in warmup * steps steps, then down to lr_end, linearly.
-
-    The first step has one part of the rise, not 0.
-    """
-    rise = (step + 1) / max(1, warmup * steps)
+    """lr as a fraction of its peak: up in warmup * steps steps, then down to lr_end, linearly."""
+    rise = (step + 1) / max(1, warmup * steps)          # not 0 at the first step
     fall = (1 - lr_end) * (steps - step) / max(1, steps - warmup * steps)
     return min(1.0, rise, lr_end + fall)
 
 
 # Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; these are the
 # paper's. SQuAD has two distributions, of start and end: their KLs, each in fp32, are averaged.
+# STS-B's one number is no distribution: its KL is 0.
 def task_loss(net, batch, teacher, temperature=2.0):
-    """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student).
-
-    STS-B's model gives one number and no distribution: its KL is 0.
-    """
+    """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student)."""
     out = net(**batch)
     if teacher is None:
         return out.loss
@@ -383,24 +387,21 @@ def main(args):
     world = int(os.environ.get("WORLD_SIZE", 1))
 
     # ---- mistakes that can be seen before anything is loaded
-    for name in ("model", "teacher"):
-        folder = vars(args)[name]
-        if folder and os.path.realpath(folder) == os.path.realpath(out):
-            raise SystemExit(f"--out {out} is the --{name} folder too: give another")
+    inputs = {os.path.realpath(args.model), os.path.realpath(args.teacher or args.model)}
+    if os.path.realpath(out) in inputs:
+        raise SystemExit(f"--out {out} is the --model or --teacher folder too: give another")
     if out.is_file() or (any(out.glob("*")) and not log.exists()):
         raise SystemExit(f"--out {out} holds something other than a run: give a new folder")
     settings = vars(args) | {"script": method, "processes": world, "out": None, "resume": None}
-    settings = json.loads(json.dumps(settings))         # as log.jsonl's first line will hold them
     if args.resume:
         if not log.exists() or (out / "result.json").exists():
             raise SystemExit(f"--resume: {out} holds no unfinished run: give the --out of one")
         before = json.loads(log.read_text().partition("\n")[0])["args"]
         differ = sorted(name for name in settings if before.get(name) != settings[name])
         if differ:
-            raise SystemExit(f"--resume: {out} was begun with another {', '.join(differ)}: give "
-                             "the command that began it")
+            raise SystemExit(f"{out} was begun with another {', '.join(differ)}: give its command")
     # <method: checks>
-    support = out / "support"                               # written, or replaced
+    support = out / "support"                               # pre-training's result is saved here
     inputs = {os.path.realpath(args.support or args.model), os.path.realpath(args.model)}
     if inputs & {os.path.realpath(out), os.path.realpath(support)}:
         raise SystemExit(f"--out {out} holds the --support or --model folder: give another")
@@ -408,6 +409,14 @@ def main(args):
     support_done = pretrains and args.resume and support.exists()       # by the killed run
     if pretrains and args.corpus is None:
         raise SystemExit("pre-training needs a text: give --corpus FILE, or --preset mini")
+    if args.nip and args.gamma is not None:
+        raise SystemExit("--nip prunes by size and has no gamma: give one of the two")
+    phase = dict(args.pretrain)
+    for key in ("steps", "batch_size", "lr"):               # the command line goes before HYPER
+        phase[key] = given.get(key, phase[key])
+    if pretrains and phase["batch_size"] % world:
+        raise SystemExit(f"pre-training's batches of {phase['batch_size']} do not split evenly "
+                         f"over {world} processes: give a --batch_size that does")
     # </method>
 
     # ---- device and precision
@@ -443,11 +452,10 @@ def main(args):
     tokenizer = common.load_tokenizer(args.model)
     data = common.Data(args.task, args.data, tokenizer, args.length)
     if min(args.batch_size, len(data.train)) % world:
-        raise SystemExit(f"--batch_size {args.batch_size} ({len(data.train)} examples) does not "
-                         f"split evenly over {world} processes: give a multiple of {world}")
+        raise SystemExit(f"--batch_size (or the examples, if fewer) must be a multiple of {world}")
     if args.steps is None:
         args.steps = max(1, args.epochs * len(data.train) // args.batch_size)
-    torch.manual_seed(args.seed)                        # of a head that is new
+    torch.manual_seed(args.seed)                        # for a head that is created anew
     model = common.load_bert(args.model, data).to(device).train()
     model.bert.embeddings.requires_grad_(False)         # as in movement pruning's official code
     teacher = None
@@ -466,11 +474,11 @@ def main(args):
         every = min(20, len(documents) // 2)                # one document in 20 is held out
         held_out = documents[::every]
         documents = [text for i, text in enumerate(documents) if i % every]
-    found = None                                            # the BERT that is pruned, or was
+    found = None                                            # the BERT to prune, or pruned before
     lacking = []
     if args.support:
         folder = Path(args.support)
-        if (folder / "support").exists():                   # a run's: as it was before fine-tuning
+        if (folder / "support").exists():                   # a run's, as before fine-tuning
             folder = folder / "support"
         try:
             found, info = BertForPreTraining.from_pretrained(folder, output_loading_info=True)
@@ -482,7 +490,8 @@ def main(args):
         shapes = []
         for bert in (found.bert, model.bert):
             shapes.append([p.shape for key, p in bert.named_parameters() if "pooler" not in key])
-        if shapes[0] != shapes[1] or any(key.startswith("bert.e") for key in lacking):
+        encoder = ("bert.embeddings", "bert.encoder")
+        if shapes[0] != shapes[1] or any(key.startswith(encoder) for key in lacking):
             raise SystemExit(f"--support {folder} does not fit --model {args.model}, or "
                              "lacks weights: give one that was pruned from the same BERT")
     # </method>
@@ -500,9 +509,6 @@ def main(args):
     if rank == 0 and not args.resume:
         shutil.rmtree(support, ignore_errors=True)
         unfinished.unlink(missing_ok=True)
-    phase = dict(args.pretrain)
-    for key in ("steps", "batch_size", "lr"):               # the command line goes before HYPER
-        phase[key] = given.get(key, phase[key])
     if pretrains and args.pretrain_steps is None:
         args.pretrain_steps = phase["steps"]
     if support_done:
@@ -516,7 +522,7 @@ def main(args):
         n_held = min(512, len(held_out))                    # pairs
         held_batches = []
         for i in range(0, n_held, 32):
-            rng = np.random.default_rng([i])
+            rng = np.random.default_rng([i])                # the same pairs whatever the seed
             size = min(32, n_held - i)
             held_batches.append(mlm_nsp_batch(held_out, tokenizer, words, size, length, rng))
         found, info = BertForPreTraining.from_pretrained(
@@ -527,10 +533,10 @@ def main(args):
         weights = [layer.weight for layer in common.prunable(found).values()]   # w: (out, in) each
         net = PreTraining(found)
         if world > 1:
-            net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+            net = DDP(net, broadcast_buffers=False)
         optimizer = torch.optim.AdamW(
             found.parameters(), weight_decay=0.0, fused=True)
-        saved = dict(step=0, alphas=[torch.ones_like(w) for w in weights])
+        saved = dict(step=0, alphas=[torch.ones_like(w) for w in weights])      # a new run's
         if args.resume and unfinished.exists():
             saved = torch.load(unfinished, map_location=device)
             found.load_state_dict(saved["model"])
@@ -557,13 +563,13 @@ def main(args):
             done = step + 1
             progress = min(1.0, done / rounds_end)
             left = (1 - progress) ** 3                      # the cubic of magnitude.py
-            stairs_down = int(progress * stairs)
+            stairs_down = int(progress * stairs)            # of --nip, by now
             if args.nip:                                    # even stairs
                 left = 1 - stairs_down / stairs
             v = args.sparsity + (1 - args.sparsity) * left
-            k = done * args.rounds // rounds_end            # rounds that have ended by then
+            k = done * args.rounds // rounds_end            # rounds that have ended by now
             p = None
-            if k > step * args.rounds // rounds_end:        # one of them with this step
+            if k > step * args.rounds // rounds_end:        # one ends with this step
                 p = 1 if args.gamma else min(k, phase["p"])
             gamma = 0.0
             holds = args.nip or step >= rounds_end          # zeros stay
@@ -573,7 +579,7 @@ def main(args):
             if not holds:                                   # the second half, while rounds last
                 gamma = proximal_step(weights, alphas, v, lr, args.gamma, p, phase["eps"])
             with torch.no_grad():
-                if holds:                                   # Adam's moments would move them
+                if holds:                                   # Adam's step has moved the zeros
                     for w, stays in zip(weights, remains):
                         w.masked_fill_(~stays, 0.0)
                 if args.nip and stairs_down > int(step / rounds_end * stairs):
@@ -611,7 +617,7 @@ def main(args):
 
     # ---- fine-tuning on the support: encoder, embeddings and pooler, not the heads
     parts = found.state_dict()
-    for key in lacking:                                     # the support has none: keep its own
+    for key in lacking:                                     # of these the model keeps its own
         parts.pop(key)
     model.load_state_dict(parts, strict=False)
     del found, parts
@@ -624,10 +630,8 @@ def main(args):
 
     # ---- optimizer: no weight decay, so that the loss and the method alone move a weight
     optimizer = torch.optim.AdamW(groups, eps=1e-8, weight_decay=0.0, fused=True)
-    trained = [p for group in groups for p in group["params"]]
-    net = model
-    if world > 1:
-        net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    parameters = [p for group in groups for p in group["params"]]
+    net = DDP(model, broadcast_buffers=False) if world > 1 else model
 
     # ---- resume
     first, seconds = 0, 0.0
@@ -638,10 +642,10 @@ def main(args):
         state.update(saved["state"])
         first, seconds = saved["step"], saved["seconds"]
         del saved
-    if args.resume:                                     # 0: it was killed before a checkpoint
+    if args.resume:                                     # from 0, if there was no checkpoint yet
         print(f"the run goes on from step {first}")
 
-    # ---- the loop: batch, dropout and lr depend on seed and step alone, as a resumed run needs
+    # ---- the loop. Each step is seeded by its number, so that a resumed run repeats it
     started = time.time() - seconds
     batches = data.batches(first, args.batch_size, args.seed)
     for step in range(first, args.steps):
@@ -651,9 +655,8 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        # The slots leave behind: v, the fraction that should be kept at this step, here; penalty,
-        # what is added to the loss; goal, the fraction to be kept in the end, after the loop.
-        # A v or goal of None means that there is none.
+        # The slots set v, the fraction to keep at this step (None: no goal); penalty, added to the
+        # loss; and, outside the loop, goal, the fraction to keep in the end (None: no goal).
         # <method: before forward>
         v = goal                                        # nothing more is pruned
         # </method>
@@ -670,12 +673,13 @@ def main(args):
 
         # <method: gradient>
         # Before the optimizer: a weight whose gradients were all 0 has moments of 0, and AdamW
-        # leaves it at 0. (In pre-training Adam has moments from before; there zeros are restored.)
+        # leaves it at 0. Before clipping, so that gradients of zeros do not count in the norm. (In
+        # pre-training Adam has moments from before; there zeros are restored after each step.)
         for layer, stays in zip(layers.values(), remains):
             layer.weight.grad.mul_(stays)
         # </method>
 
-        nn.utils.clip_grad_norm_(trained, args.clip)    # one norm over all that is trained
+        nn.utils.clip_grad_norm_(parameters, args.clip)     # one norm of all gradients
         optimizer.step()
 
         # <method: after step>
@@ -686,14 +690,10 @@ def main(args):
         done = step + 1
         seconds = time.time() - started
         if rank == 0 and (done % 50 == 0 or done == args.steps):
-            kept = common.count_kept(model)[1]
-            goal_text = "no goal" if v is None else f"goal {v:.1%}"
-            print(f"step {done:05d}/{args.steps:05d}  loss {loss:.4f}  penalty {penalty:.4f}  "
-                  f"kept {kept:.1%} ({goal_text})  lr {args.lr * factor:.1e}  "
-                  f"{1000 * seconds / done:.0f} ms  "
-                  f"eta {(args.steps - done) * seconds / done / 60:.0f}m", flush=True)
-            line = dict(step=done, loss=loss.item(), penalty=penalty.item(),
-                        kept=kept, goal=v, lr=args.lr * factor, seconds=seconds)
+            line = dict(step=done, loss=loss.item(), penalty=penalty.item(), goal=v,
+                        kept=common.count_kept(model)[1], lr=args.lr * factor, seconds=seconds)
+            print("  ".join(f"{name} {x:.6g}" for name, x in line.items() if x is not None),
+                  f" of about {seconds / done * args.steps:.0f}", flush=True)
             with open(log, "a") as file:
                 print(json.dumps(line), file=file)
             if not torch.isfinite(loss):
@@ -720,34 +720,26 @@ def main(args):
     kept_per_layer, kept, n_prunable = common.count_kept(model)
     with autocast:
         metrics, collapsed = data.evaluate(model)
-    for name, share in kept_per_layer.items():
-        print(f"{name:50s} kept {share:7.2%} {'#' * round(40 * share)}")
     total = time.time() - started
     shown = " ".join(f"{name} {value:.1f}" for name, value in metrics.items())
     line = (f"RESULT {method} {args.task} keeps {kept:.2%} (prunes {1 - kept:.2%}) {shown} | "
             f"{args.steps} steps {total:.0f} s seed {args.seed} | {out}")
-    # missed: by more than 0.1 points, or 5 % of a small goal
     missed = goal is not None and abs(kept - goal) > min(0.001, 0.05 * goal)
     if missed:
         line += f" | MISSED the goal of {goal:.2%}"
-    result = dict(
-        method=method, task=args.task,
+    (out / "result.json").write_text(json.dumps(dict(
+        method=method, task=args.task, metrics=metrics, collapsed=collapsed,
         kept=kept, kept_per_layer=kept_per_layer, n_prunable=n_prunable,
-        metrics=metrics, collapsed=collapsed,
         n_train=len(data.train), n_dev=data.n_dev,
         seconds=total, ms_per_step=1000 * seconds / args.steps,
         device=str(device), card=card, precision=precision, threads=torch.get_num_threads(),
         peak_memory=torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         versions={module.__name__: module.__version__ for module in (torch, transformers, np)},
-        args=vars(args) | {"out": str(out), "goal": goal},
-        line=line
-    )
-    (out / "result.json").write_text(json.dumps(result, indent=1))
+        args=vars(args) | {"out": str(out), "goal": goal}, line=line), indent=1))
     checkpoint.unlink(missing_ok=True)
     print(line)
     if collapsed:
-        print("COLLAPSED: the model answers all alike. More --steps help, or soft_mvp.py: see "
-              "results/why/README.md")
+        print("COLLAPSED: all answers alike. More steps or soft_mvp.py help: results/why/README.md")
     if missed:
         sys.exit(3)
 

@@ -58,7 +58,7 @@ HYPER = dict(
     spike=1e-10,
     slab=0.05,
     interval=10,
-    adam=dict(betas=(0.9, 0.999), eps=1e-8),
+    adam=dict(betas=[0.9, 0.999], eps=1e-8),
     score_lr=1e-2,
     lambda_f=1000.0,
 )
@@ -67,7 +67,7 @@ HYPER = dict(
 # ---- copied from mgpp.py: <method: definitions>
 
 def schedule(step, steps, v_f, t_i, t_f):
-    """v, the fraction to keep at this step (0 to steps - 1), by eq. 5 of Sanh et al.
+    """v, the fraction to keep at a step (the first is 0), by eq. 5 of Sanh et al.
 
     1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. (In a run of a few
     steps the last v may be above v_f; the slot "bake" prunes to v_f in any case.)
@@ -79,18 +79,18 @@ def schedule(step, steps, v_f, t_i, t_f):
 
 
 def fraction_left(step, steps, v_f, t_i, t_f, v_i):
-    """v, the fraction left by a zeroing after `step` steps: 1 before t_i, then from v_i down.
+    """v, the fraction left by a zeroing when `step` steps are done: 1 before t_i, then v_i to v_f.
 
     Where v_i is below v_f, it is v_f from the first zeroing on.
     """
     if step < t_i * steps:
         return 1.0
-    # with a v_f of 0 schedule goes from 1 down to 0
+    # with 0.0 for its v_f, schedule goes from 1 down to 0
     return v_f + (max(v_i, v_f) - v_f) * schedule(step, steps, 0.0, t_i, t_f)
 
 
 def mixing_weight(step, steps, t_i, t_f):
-    """lam, the weight of the slab: falls linearly from 0.1 to 1e-4 while weights are pruned."""
+    """lam, the weight of the slab, at this step: linearly from 0.1 at t_i to 1e-4 at 1 - t_f."""
     done = (step - t_i * steps) / max(1.0, (1 - t_i - t_f) * steps)
     return 0.1 + (1e-4 - 0.1) * min(max(done, 0.0), 1.0)
 
@@ -101,7 +101,7 @@ def prior_gradient(w, lam, s0, s1):
     w: any shape, the result has the same. s0 and s1 are variances.
     """
     if lam == 1:
-        return w / s1                                   # no spike: plain L2
+        return w / s1                                   # no spike, plain L2; c1 would be infinite
     c1 = math.log(lam / (1 - lam)) + 0.5 * math.log(s0 / s1)
     c2 = 0.5 / s0 - 0.5 / s1
     g = torch.sigmoid(-c1 - c2 * w * w)
@@ -113,22 +113,23 @@ def kth_largest(x, k):
     n = len(x)
     if x.device.type == "cpu":                          # numpy selects without a sort
         return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
-    if k > n // 2:                                      # topk is for few: from the other end
+    if k > n // 2:                                      # topk is quick for few: from the other end
         return x.topk(n - k + 1, largest=False, sorted=False).values.max()
     return x.topk(k, sorted=False).values.min()
 
 
 def top_v(scores, v):
-    """Top_v: True for the highest round(v n) of all n scores, of equal ones the first, row by row.
+    """Top_v: True for the highest round(v n) of all n scores, and for one if round(v n) is 0.
 
-    scores: of any shape; the mask has the same. One weight stays where round(v n) is 0.
+    scores: of any shape; the mask has the same. Of equal scores those that come first in the
+    flattened tensor stay.
     """
     flat = scores.flatten()                             # (n,)
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)
     stays = flat >= threshold                           # k of them, or more where scores are equal
-    # A GPU works behind Python's back: to ask for this number would mean to wait. So there equal
-    # scores are always counted off.
+    # On a GPU the question how many there are would make Python wait for the answer. So there
+    # equal scores are always counted off.
     if flat.is_cuda or torch.count_nonzero(stays) > k:
         above = flat > threshold
         equal = flat == threshold
@@ -161,7 +162,7 @@ def update_masks(masked, scores, v, scope="local"):
     """Write M = Top_v(scores) into the mask of each Masked module in `masked`.
 
     scores: one tensor (out, in) per matrix. local: a matrix of n weights keeps round(v n) of them.
-    global: all N weights are ranked together, round(v N) are kept, the least shares first.
+    global: round(v N) of all N weights are kept: the least share of each, then the highest scores.
     """
     if v == 1:                                          # nothing is ranked before pruning begins
         masks = [torch.ones_like(s) for s in scores]
@@ -171,8 +172,9 @@ def update_masks(masked, scores, v, scope="local"):
         sizes = [s.numel() for s in scores]
         ranked = torch.cat([s.flatten() for s in scores])               # (N,)
         # In this copy the best of each matrix are raised to infinity: they rank before all others.
-        # Rounded in each matrix, these can be more than round(v N) (at v = 0.5 % in mini 3936,
-        # not 3932). Then the surplus is cut from the end, in the last matrices.
+        # Each matrix rounds, so these can be more than round(v N) (at v = 0.5 % in mini 3936, not
+        # 3932). Then the last matrices lose the surplus. (If round(v N) is less than the number of
+        # matrices, some are emptied.)
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)
@@ -368,7 +370,7 @@ def main(args):
     if args.method == "mgpp":
         # ---- copied from mgpp.py: <method: setup>
         if not layers:
-            raise SystemExit("`layers` is empty: nothing would be pruned")
+            raise SystemExit("the model has no matrix to prune: give another --model")
         weights = [layer.weight for layer in layers.values()]   # W: (out, in) each, pruned in place
         groups[0] |= args.adam
         begin = math.ceil(args.t_i * args.steps)                # steps done at the first zeroing
@@ -376,16 +378,16 @@ def main(args):
     if args.method == "soft_mvp":
         # ---- copied from soft_mvp.py: <method: setup>
         if not layers:
-            raise SystemExit("`layers` is empty: nothing would be pruned")
+            raise SystemExit("the model has no matrix to prune: give another --model")
         # From here on each read of layer.weight calls Masked.forward: the layer computes with
-        # W * M. This comes before the optimizer and DDP, which must find the parameters as they
-        # will stay.
+        # W * M. This comes before the optimizer, which must find the parameters as they will stay.
         masked = [Masked(layer.weight) for layer in layers.values()]
         for layer, m in zip(layers.values(), masked):
             parametrize.register_parametrization(layer, "weight", m)
-        # A score must overtake others within the run, a weight need not: scores learn much faster.
-        # No weight decay: it would pull all scores to 0, and so mix up what they tell.
-        groups.append({"params": [m.scores for m in masked],
+        scores = [m.scores for m in masked]             # S: (out, in) each
+        # The penalty's part p depends on S itself, so --score_lr matters. No weight decay: it would
+        # let the scores forget the early steps.
+        groups.append({"params": scores,
                        "lr": args.score_lr, "initial_lr": args.score_lr, "weight_decay": 0.0})
 
     # ---- the loop
@@ -396,17 +398,16 @@ def main(args):
             # ---- copied from mgpp.py: <method: before forward>
             # Decided here; the zeroing itself comes after the step.
             t = step + 1                                        # steps done by then
-            pruning = t <= end                                  # up to the last zeroing
+            pulls = t <= end                                    # up to the last zeroing
             due = t in (begin, end) or (begin < t < end and t % args.interval == 0)
             v = fraction_left(t, args.steps, args.sparsity, args.t_i, args.t_f, args.v_i)
-            if pruning and not due:
+            if pulls and not due:
                 v = None                                    # no goal until the next zeroing
         if args.method == "soft_mvp":
             # ---- copied from soft_mvp.py: <method: before forward>
             # Masks first, so that this step's loss and gradients are those of the pruned network.
             v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
-            ramp = (1 - v) / (1 - args.sparsity)        # r: from 0 to 1 while weights are pruned
-            scores = [m.scores for m in masked]         # S: (out, in) each
+            ramp = (1 - v) / (1 - args.sparsity)        # r, from v = 1 - (1 - v_f) r
             update_masks(masked, scores, v, args.scope)
 
         batch = collate(random.sample(data.train, min(args.batch_size, len(data.train))))
@@ -414,8 +415,7 @@ def main(args):
         penalty = 0.0
         if args.method == "soft_mvp":
             # ---- copied from soft_mvp.py: <method: penalty>
-            # Once per optimizer step: in each micro-batch of an accumulated one it would count
-            # again.
+            # If you accumulate gradients over micro-batches, add it once per optimizer step.
             lam = args.lambda_f
             penalty = lam * ramp * sigmoid_penalty(scores)
 
@@ -426,15 +426,15 @@ def main(args):
             # ---- copied from mgpp.py: <method: gradient>
             # The prior's pull joins dL/dW before the optimizer: it enters AdamW's moments with the
             # loss's gradient, and is not decoupled as weight decay is. It ends with the last
-            # zeroing. Nothing is clipped: the pull is large, and one norm would shrink the loss's
-            # gradient.
-            if pruning:
+            # zeroing. Nothing is clipped: the pull is large, and clipping would shrink the loss's
+            # gradient together with it.
+            if pulls:
                 lam = args.mix or mixing_weight(step, args.steps, args.t_i, args.t_f)
                 for w in weights:
                     pull = prior_gradient(w.detach(), lam, args.spike, args.slab)
                     w.grad.add_(pull, alpha=1 / n)
             else:
-                remains = [w != 0 for w in weights]         # before AdamW moves them
+                remains = [w != 0 for w in weights]         # AdamW moves zeros
         else:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -446,7 +446,7 @@ def main(args):
             # moments live on: a weight zeroed before the last zeroing moves again at the next step.
             if due:
                 zero_smallest(weights, v)
-            if not pruning:
+            if not pulls:
                 for w, stays in zip(weights, remains):
                     w.data.mul_(stays)
 
@@ -467,7 +467,6 @@ def main(args):
         # The last step has moved the scores, so they are ranked once more. Then W * M becomes the
         # plain weight of a plain nn.Linear: only now is the model pruned for whoever opens it.
         goal = args.sparsity
-        scores = [m.scores for m in masked]
         update_masks(masked, scores, goal, args.scope)
         for layer in layers.values():
             parametrize.remove_parametrizations(layer, "weight")

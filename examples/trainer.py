@@ -48,7 +48,7 @@ MINI = Path(__file__).resolve().parent.parent / "mini"
 # ---- copied from soft_mvp.py: <method: definitions>, without the open loop
 
 def schedule(step, steps, v_f, t_i, t_f):
-    """v, the fraction to keep at this step (0 to steps - 1), by eq. 5 of Sanh et al.
+    """v, the fraction to keep at a step (the first is 0), by eq. 5 of Sanh et al.
 
     1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. (In a run of a few
     steps the last v may be above v_f; the slot "bake" prunes to v_f in any case.)
@@ -64,22 +64,23 @@ def kth_largest(x, k):
     n = len(x)
     if x.device.type == "cpu":                          # numpy selects without a sort
         return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
-    if k > n // 2:                                      # topk is for few: from the other end
+    if k > n // 2:                                      # topk is quick for few: from the other end
         return x.topk(n - k + 1, largest=False, sorted=False).values.max()
     return x.topk(k, sorted=False).values.min()
 
 
 def top_v(scores, v):
-    """Top_v: True for the highest round(v n) of all n scores, of equal ones the first, row by row.
+    """Top_v: True for the highest round(v n) of all n scores, and for one if round(v n) is 0.
 
-    scores: of any shape; the mask has the same. One weight stays where round(v n) is 0.
+    scores: of any shape; the mask has the same. Of equal scores those that come first in the
+    flattened tensor stay.
     """
     flat = scores.flatten()                             # (n,)
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)
     stays = flat >= threshold                           # k of them, or more where scores are equal
-    # A GPU works behind Python's back: to ask for this number would mean to wait. So there equal
-    # scores are always counted off.
+    # On a GPU the question how many there are would make Python wait for the answer. So there
+    # equal scores are always counted off.
     if flat.is_cuda or torch.count_nonzero(stays) > k:
         above = flat > threshold
         equal = flat == threshold
@@ -98,7 +99,7 @@ def update_masks(masked, scores, v, scope="local"):
     """Write M = Top_v(scores) into the mask of each Masked module in `masked`.
 
     scores: one tensor (out, in) per matrix. local: a matrix of n weights keeps round(v n) of them.
-    global: all N weights are ranked together, round(v N) are kept, the least shares first.
+    global: round(v N) of all N weights are kept: the least share of each, then the highest scores.
     """
     if v == 1:                                          # nothing is ranked before pruning begins
         masks = [torch.ones_like(s) for s in scores]
@@ -108,8 +109,9 @@ def update_masks(masked, scores, v, scope="local"):
         sizes = [s.numel() for s in scores]
         ranked = torch.cat([s.flatten() for s in scores])               # (N,)
         # In this copy the best of each matrix are raised to infinity: they rank before all others.
-        # Rounded in each matrix, these can be more than round(v N) (at v = 0.5 % in mini 3936,
-        # not 3932). Then the surplus is cut from the end, in the last matrices.
+        # Each matrix rounds, so these can be more than round(v N) (at v = 0.5 % in mini 3936, not
+        # 3932). Then the last matrices lose the surplus. (If round(v N) is less than the number of
+        # matrices, some are emptied.)
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)

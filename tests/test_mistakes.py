@@ -94,6 +94,12 @@ def test_rpp_mistakes(data, tmp_path):
     assert (tmp_path / "d" / "support" / "model.safetensors").exists()
     needs = fails("rpp", data, tmp_path / "e", "--preset", "paper", "--model", str(BERT))
     assert "give --corpus FILE" in needs
+    assert "--nip" in fails("rpp", data, tmp_path / "f", "--nip", "--gamma", "1e-3")
+
+
+def test_rpp_pretraining_batch_over_processes(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "do not split evenly over 3" in fails("rpp", data, tmp_path / "out")
 
 
 @pytest.mark.parametrize("changes", [
