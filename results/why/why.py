@@ -271,7 +271,8 @@ def main():
     known = {"experiment": experiment, "variant": variant, "task": args.task, "seed": args.seed,
              "steps": args.steps, "metrics": metrics, "command": command}
     with open(Path(__file__).with_suffix(".tsv"), "a") as f:
-        table = csv.DictWriter(f, COLUMNS, delimiter="\t", lineterminator="\n")
+        table = csv.DictWriter(f, COLUMNS, delimiter="\t", lineterminator="\n",
+                               quoting=csv.QUOTE_NONE, quotechar=None)
         if f.tell() == 0:
             table.writeheader()
         for row in watch.rows:
