@@ -21,19 +21,21 @@ probability that the gate is open (z > 0). This probability has a gradient, and 
     gamma, zeta  -0.1 and 1.1
     v            fraction to keep at this step: falls from 1 to --sparsity, by schedule()
     k            fraction of all weights whose gate is open without noise (`share` in the code)
-    h            k / v - 1 (`excess`). k is counted and has no slope: h takes its value from k, and
-                 its gradient from E / v. mu1, mu2: multipliers, 0 at the start
+    h            k / v - 1 (`excess`). k is a count and has no gradient: the value of h is that of
+                 k / v - 1, its gradient that of E / v
+    mu1, mu2     multipliers, 0 at the start
 
 Why noise? A gate that is shut passes no gradient of the loss. With noise it opens now and then, so
 its weight can come back. To count, to evaluate and to save there is neither noise nor beta:
-q = sigmoid(S), and the gate is open where S exceeds log(-gamma / zeta) = -2.398. What is saved is
-W * z with this z. (So k is not E: at the threshold P is still 0.31, and in E a small matrix weighs
-as much as a large one.)
+q = sigmoid(S), and the gate is open where S exceeds log(-gamma / zeta) = -2.398. (Both official
+codes drop beta here; with it the threshold would be -1.6.) What is saved is W * z with this z. k
+and E differ for two reasons: at the threshold P is still 0.31, and in E a small matrix weighs as
+much as a large one.
 
 --penalty LAMBDA is the paper's way: minimise L + LAMBDA E from the first step, and keep the weights
 whose gates are open after the last. Without it two multipliers push k towards v, an augmented
-Lagrangian (Wang, Wohlwend and Lei 2020, arXiv 1910.04732). mu1 grows while a gap lasts, until it
-closes; mu2 h^2 presses harder the larger the gap is. 2 and 60 are ours:
+Lagrangian (Wang, Wohlwend and Lei 2020, arXiv 1910.04732). mu1 grows while k is above v, and
+falls while it is below; mu2 h^2 presses harder the larger the gap is. h, 2 and 60 are ours:
 
     minimise  L + mu1 h + mu2 h^2,   after each step mu1 += 2 h and mu2 += 60 h^2
 
@@ -77,11 +79,11 @@ import common
 # Why gradually? A pruned weight takes its share of the work with it, and the other weights need
 # some steps to take that over. Why a cubic? Zhu and Gupta chose it because it is steep at first,
 # when many weights are of little use, and flat at the end, when each pruned weight is missed.
-# Official: masked_run_squad.py, lines 72-92. There pruning begins and ends after a number of steps
-# that does not depend on the length of the run, so a short run never starts to prune. There the
-# first step is number 1 (in masked_run_glue.py it is 0, as here).
+# Official: masked_run_squad.py, lines 72-92. There t_i and t_f are numbers of steps, the same for
+# runs of any length, so a short run never starts to prune. There the first step is number 1 (in
+# masked_run_glue.py it is 0, as here).
 def schedule(step, steps, v_f, t_i, t_f):
-    """v, the fraction to keep at a step (the first is 0), by eq. 5 of Sanh et al.
+    """v, the fraction to keep at a step, by eq. 5 of Sanh et al. Steps count from 0.
 
     1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. (In a run of a few
     steps the last v may be above v_f; the slot "bake" prunes to v_f in any case.)
@@ -114,8 +116,8 @@ def top_v(scores, v):
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)
     stays = flat >= threshold                           # k of them, or more where scores are equal
-    # On a GPU the question how many there are would make Python wait for the answer. So there
-    # equal scores are always counted off.
+    # Too many stay if scores are equal: count them off. On a GPU that is done in any case, since
+    # to look whether it is needed would make Python wait for the GPU.
     if flat.is_cuda or torch.count_nonzero(stays) > k:
         above = flat > threshold
         equal = flat == threshold
@@ -174,7 +176,7 @@ class Gated(nn.Module):
 
 @torch.no_grad()
 def open_gates(scores):
-    """k N: how many gates are open without noise. A 0-dim tensor, so Python awaits no GPU."""
+    """How many gates are open without noise. A 0-dim tensor, so that Python awaits no GPU."""
     return sum(torch.count_nonzero(s > THRESHOLD) for s in scores)
 
 
@@ -196,7 +198,7 @@ def close_gap(scores, v):
 
 # <method: hyper-parameters>
 # For squad, mnli and qqp the paper's, from the authors' run sheet; the mini preset and the other
-# tasks are ours. "*" holds for all tasks; a task's own values go before it. warmup, t_i and t_f are
+# tasks are ours. "*" holds for all tasks; a task's own values override it. warmup, t_i and t_f are
 # fractions of all steps: lr rises during warmup, pruning begins after t_i, and ends t_f before the
 # end. lr_end: the fraction of lr that is left after the last step. length: tokens of a text. clip:
 # the norm to which all gradients together are clipped.
@@ -282,9 +284,9 @@ def lr_factor(step, steps, warmup, lr_end):
     return min(1.0, rise, lr_end + fall)
 
 
-# Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; these are the
-# paper's. SQuAD has two distributions, of start and end: their KLs, each in fp32, are averaged.
-# STS-B's one number is no distribution: its KL is 0.
+# Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; these are
+# that paper's. SQuAD has two distributions, of start and end: their KLs, each in fp32, are
+# averaged. STS-B's one number is no distribution: its KL is 0.
 def task_loss(net, batch, teacher, temperature=2.0):
     """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student)."""
     out = net(**batch)
@@ -331,7 +333,7 @@ def main(args):
     # <method: checks>
     if args.sparsity == 1:
         raise SystemExit("--sparsity 1 prunes nothing: use python magnitude.py --sparsity 1")
-    if args.penalty is not None:
+    if args.penalty is not None and rank == 0:
         print("--penalty decides what is kept: --sparsity is no goal of this run")
     # </method>
 
@@ -393,12 +395,13 @@ def main(args):
     for layer, m in zip(layers.values(), gated):
         parametrize.register_parametrization(layer, "weight", m)
     scores = [m.scores for m in gated]                  # S: (out, in) each
-    # Here --score_lr matters: a score has to go from 2.197 down to -2.398 within the run. So it is
-    # ten times mvp.py's (not on QQP). No weight decay (here it is 0 for all, but the slot may be
-    # copied): it would pull all scores to 0.
+    # Here --score_lr matters: the threshold is fixed, and a score has to go from 2.197 down to
+    # -2.398 within the run. So it is ten times mvp.py's (not on QQP). No weight decay, also where
+    # you copy this slot to: it would pull all scores to 0.
     groups.append({"params": scores,
                    "lr": args.score_lr, "initial_lr": args.score_lr, "weight_decay": 0.0})
-    # The multipliers are tensors, so that no step has to wait for their values.
+    # The multipliers are tensors, so that no step has to wait for their values; in float64, since
+    # they are sums of very many small terms.
     state.update(mu1=torch.zeros((), dtype=torch.float64, device=device),
                  mu2=torch.zeros((), dtype=torch.float64, device=device))
     generator = torch.Generator(device)
@@ -464,9 +467,8 @@ def main(args):
             penalty = args.penalty * expected           # a true gradient; lambda is constant
             v = None                                    # an outcome, not a goal
         else:
-            # A straight-through estimate, as of the mask in mvp.py: k is counted and has no slope.
-            # So h is computed from k and differentiated as if k were E. The difference below has
-            # the value 0 and the gradient of E.
+            # A straight-through estimate: the forward pass uses k, a count, and the backward pass
+            # the gradient of E. E minus its constant copy has the value 0 and this gradient.
             share = open_gates(scores) / sum(s.numel() for s in scores)     # k
             excess = (share + expected - expected.detach()) / v - 1     # h
             mu1, mu2 = state["mu1"].float(), state["mu2"].float()
@@ -512,9 +514,10 @@ def main(args):
             os.replace(out / "checkpoint.part", checkpoint)
 
     # <method: bake>
-    # Steering leaves a small gap, which is closed: the gates nearest to the threshold are moved
-    # just across it. Close to it z is about 0 on both sides. Then W * z becomes the plain weight of
-    # a plain nn.Linear (torch reads it without gradients, so Gated.forward adds no noise).
+    # Steering leaves a small gap, which is closed: the scores nearest to the threshold are moved
+    # just across it. There z is about 0 on both sides, so W * z hardly changes. Then W * z becomes
+    # the plain weight of a plain nn.Linear (torch reads it without gradients, so Gated.forward
+    # adds no noise).
     goal = None
     if args.penalty is None:
         goal = args.sparsity

@@ -12,7 +12,7 @@ set to 0, more each time. The hope: the prior has sorted the weights by then, so
     pi(w)    = lam p(w; s1) + (1 - lam) p(w; s0)      p(w; s): normal density at w, variance s
     g(w)     = (1 - lam) p(w; s0) / pi(w)             the spike's share of the density at w
     pull(w)  = -d log pi / dw = w (g / s0 + (1 - g) / s1)
-    gradient = dL/dw + pull(w) / n                    for AdamW, until the last zeroing
+    gradient = dL/dw + pull(w) / n                    what AdamW gets; after the last zeroing dL/dw
     v        = v_f + (v_i - v_f) (1 - (t - t_i T) / (T - t_i T - t_f T))^3
 
     w            one of the N weights that can be pruned. Each encoder layer has six matrices of
@@ -21,8 +21,8 @@ set to 0, more each time. The hope: the prior has sorted the weights by then, so
                  --mix fixes it, and with --mix 1 the pull is plain L2
     s0, s1       variances of spike and slab: --spike and --slab
     L            the loss, a mean of n terms
-    n            number of training examples (windows of text on SQuAD). In a language model, whose
-                 loss is a mean over tokens, n is the number of tokens
+    n            number of training examples (windows of text on SQuAD). If your loss is a mean over
+                 tokens, as a language model's is, n is the number of tokens
     v            fraction left by a zeroing after t of T steps: from v_i down to v_f, which is
                  --sparsity, the fraction KEPT. v_i is 0.7 (0.5 for SQuAD and QNLI under the paper
                  preset), or v_f, if that is larger
@@ -33,9 +33,11 @@ again unless it has grown enough by the next zeroing. After the last zeroing the
 each step restores the zeros. (With the paper's t_f of 0 the run ends there.)
 
 Does the hope come true? Not that we could measure. The spike ends at |w| = 5e-5, and an ordinary
-step of AdamW on mini is 5e-4 long. So a weight that lands inside gets one huge gradient, and is
-thrown across the spike and out of it. On mini with 10 % kept, runs with the spike score five points
-less than runs with --mix 1; elsewhere the two do not clearly differ: results/why/README.md.
+step of AdamW on mini is 5e-4 long. A weight that lands inside gets one huge gradient. That makes
+AdamW's step about three times as long, and its momentum repeats it for some steps: the weight
+passes 0 and leaves the spike on the other side. On mini with 10 % kept, runs with the spike score
+five points less than runs with --mix 1; with 3 %, and on SST-2, the two do not clearly differ
+(results/why/README.md).
 
 Unlike magnitude.py: zeros are written into the weights, all matrices are ranked together, any of
 them may lose all its weights, and no gradient is clipped. Unlike the author's code: exactly
@@ -76,11 +78,11 @@ import common
 # Why gradually? A pruned weight takes its share of the work with it, and the other weights need
 # some steps to take that over. Why a cubic? Zhu and Gupta chose it because it is steep at first,
 # when many weights are of little use, and flat at the end, when each pruned weight is missed.
-# Official: masked_run_squad.py, lines 72-92. There pruning begins and ends after a number of steps
-# that does not depend on the length of the run, so a short run never starts to prune. There the
-# first step is number 1 (in masked_run_glue.py it is 0, as here).
+# Official: masked_run_squad.py, lines 72-92. There t_i and t_f are numbers of steps, the same for
+# runs of any length, so a short run never starts to prune. There the first step is number 1 (in
+# masked_run_glue.py it is 0, as here).
 def schedule(step, steps, v_f, t_i, t_f):
-    """v, the fraction to keep at a step (the first is 0), by eq. 5 of Sanh et al.
+    """v, the fraction to keep at a step, by eq. 5 of Sanh et al. Steps count from 0.
 
     1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. (In a run of a few
     steps the last v may be above v_f; the slot "bake" prunes to v_f in any case.)
@@ -95,7 +97,7 @@ def schedule(step, steps, v_f, t_i, t_f):
 def fraction_left(step, steps, v_f, t_i, t_f, v_i):
     """v, the fraction left by a zeroing when `step` steps are done: 1 before t_i, then v_i to v_f.
 
-    Where v_i is below v_f, it is v_f from the first zeroing on.
+    If v_i is below v_f, each zeroing leaves v_f.
     """
     if step < t_i * steps:
         return 1.0
@@ -163,8 +165,8 @@ def top_v(scores, v):
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)
     stays = flat >= threshold                           # k of them, or more where scores are equal
-    # On a GPU the question how many there are would make Python wait for the answer. So there
-    # equal scores are always counted off.
+    # Too many stay if scores are equal: count them off. On a GPU that is done in any case, since
+    # to look whether it is needed would make Python wait for the GPU.
     if flat.is_cuda or torch.count_nonzero(stays) > k:
         above = flat > threshold
         equal = flat == threshold
@@ -188,7 +190,7 @@ def zero_smallest(weights, v):
 
 # <method: hyper-parameters>
 # From the paper's table and the author's scripts; the mini preset, and tasks without an entry of
-# their own, are ours. "*" holds for all tasks; a task's own values go before it. warmup, t_i and
+# their own, are ours. "*" holds for all tasks; a task's own values override it. warmup, t_i and
 # t_f are fractions of all steps: lr rises during warmup, the first zeroing comes after t_i, and
 # the last one t_f before the end. lr_end: the fraction of lr that is left after the last step.
 # v_i: fraction kept at the first zeroing. spike, slab: variances. interval: steps between
@@ -280,9 +282,9 @@ def lr_factor(step, steps, warmup, lr_end):
     return min(1.0, rise, lr_end + fall)
 
 
-# Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; these are the
-# paper's. SQuAD has two distributions, of start and end: their KLs, each in fp32, are averaged.
-# STS-B's one number is no distribution: its KL is 0.
+# Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; these are
+# that paper's. SQuAD has two distributions, of start and end: their KLs, each in fp32, are
+# averaged. STS-B's one number is no distribution: its KL is 0.
 def task_loss(net, batch, teacher, temperature=2.0):
     """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student)."""
     out = net(**batch)
@@ -430,13 +432,13 @@ def main(args):
         # The slots set v, the fraction to keep at this step (None: no goal); penalty, added to the
         # loss; and, outside the loop, goal, the fraction to keep in the end (None: no goal).
         # <method: before forward>
-        # The frame's log needs v now; the zeroing itself comes after the step.
+        # Decided here, for the slots below; the zeroing itself comes after the step.
         t = step + 1                                        # steps done by then
         pulls = t <= end                                    # up to the last zeroing
         due = t in (begin, end) or (begin < t < end and t % args.interval == 0)
-        v = fraction_left(t, args.steps, args.sparsity, args.t_i, args.t_f, args.v_i)
-        if pulls and not due:
-            v = None                                        # no goal until the next zeroing
+        v = None                                            # no goal until the next zeroing
+        if due or not pulls:
+            v = fraction_left(t, args.steps, args.sparsity, args.t_i, args.t_f, args.v_i)
         # </method>
 
         with autocast:
@@ -467,8 +469,9 @@ def main(args):
         optimizer.step()
 
         # <method: after step>
-        # After AdamW's step, so that the zeros are what the next forward pass sees. AdamW's
-        # moments live on: a weight zeroed before the last zeroing moves again at the next step.
+        # After AdamW's step, so that the zeros are what the next forward pass sees. AdamW's moments
+        # are kept, and move a zeroed weight at its next step. After the last zeroing this is
+        # undone.
         if due:
             zero_smallest(weights, v)
         if not pulls:

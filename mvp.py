@@ -21,17 +21,18 @@ Where dL/dW' * W is negative, a step of gradient descent moves a kept W away fro
 Where it is positive, the step moves W towards 0, and lowers S. The belief behind it: a weight that
 the task pushes away from 0 is one that the task needs.
 
-Unlike magnitude.py: scores are ranked instead of |W|, they are learned, and the backward pass
-through the mask is written out. --sparsity 1, dense, is left to magnitude.py. All else is
+Unlike magnitude.py: scores are ranked instead of |W|, they are learned, and a backward pass written
+by hand gives them their gradient. --sparsity 1, dense, is left to magnitude.py. All else is
 identical: diff the two files. The official code can also start the scores at other values than 0;
 this file cannot. --sparsity is the fraction KEPT.
 
 A run can collapse: its model then gives all inputs the same answer. On SST-2, with 10 % kept and a
-BERT of three layers, a run of 1,000 steps ended at chance (50.9 %). A run of 10,000 steps reached
-81.3 %, magnitude.py 78.4 %, and a bag of words without any BERT 81.9 %. What helps: more --steps, a
-shallower model, or the penalty of soft_mvp.py. Our reading of the cause: the gradient asks for a
-small step towards 0, while pruning goes the whole way, and does damage that training must repair
-before the next cut. The measurements are in results/why/README.md.
+BERT of three layers, this file ended at chance (50.9 %) after 1,000 steps, and reached 81.3 % after
+10,000, where magnitude.py reached 78.4 %. (A bag of words without any BERT has 81.9 %.) What helps:
+more --steps, a shallower model, or the penalty of soft_mvp.py. Our reading of the cause: a low
+score says that W should shrink a little. Pruning sets it to 0, and W may be large. That does
+damage, which training must repair before the next cut. The measurements are in
+results/why/README.md.
 
     python mvp.py --task squad --sparsity 0.1
 
@@ -66,11 +67,11 @@ import common
 # Why gradually? A pruned weight takes its share of the work with it, and the other weights need
 # some steps to take that over. Why a cubic? Zhu and Gupta chose it because it is steep at first,
 # when many weights are of little use, and flat at the end, when each pruned weight is missed.
-# Official: masked_run_squad.py, lines 72-92. There pruning begins and ends after a number of steps
-# that does not depend on the length of the run, so a short run never starts to prune. There the
-# first step is number 1 (in masked_run_glue.py it is 0, as here).
+# Official: masked_run_squad.py, lines 72-92. There t_i and t_f are numbers of steps, the same for
+# runs of any length, so a short run never starts to prune. There the first step is number 1 (in
+# masked_run_glue.py it is 0, as here).
 def schedule(step, steps, v_f, t_i, t_f):
-    """v, the fraction to keep at a step (the first is 0), by eq. 5 of Sanh et al.
+    """v, the fraction to keep at a step, by eq. 5 of Sanh et al. Steps count from 0.
 
     1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. (In a run of a few
     steps the last v may be above v_f; the slot "bake" prunes to v_f in any case.)
@@ -103,8 +104,8 @@ def top_v(scores, v):
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)
     stays = flat >= threshold                           # k of them, or more where scores are equal
-    # On a GPU the question how many there are would make Python wait for the answer. So there
-    # equal scores are always counted off.
+    # Too many stay if scores are equal: count them off. On a GPU that is done in any case, since
+    # to look whether it is needed would make Python wait for the GPU.
     if flat.is_cuda or torch.count_nonzero(stays) > k:
         above = flat > threshold
         equal = flat == threshold
@@ -166,8 +167,8 @@ def update_masks(masked, scores, v, scope="local"):
 #
 # Plain gradient descent at a constant rate lr_S would make S = -lr_S times the sum over all steps
 # of dL/dW' * W. We use Adam and a rate that rises and falls, as the paper does. Adam divides each
-# step of a score by the recent size of its gradients. So S tells how steadily the gradient pointed
-# away from 0, and not how far it would have gone.
+# step of a score by the recent size of its gradients. So S tells how steadily descent pushed W away
+# from 0. It does not tell how far.
 #
 # The mask is not saved in checkpoints: it is made anew before each forward pass.
 # Official: binarizer.py, lines 69-108, and masked_nn.py, line 104. There autograd makes the
@@ -200,7 +201,7 @@ class Masked(nn.Module):
 
 # <method: hyper-parameters>
 # For squad, mnli and qqp the paper's, from the authors' run sheet; the mini preset and the other
-# tasks are ours. "*" holds for all tasks; a task's own values go before it. warmup, t_i and t_f are
+# tasks are ours. "*" holds for all tasks; a task's own values override it. warmup, t_i and t_f are
 # fractions of all steps: lr rises during warmup, pruning begins after t_i, and ends t_f before the
 # end. lr_end: the fraction of lr that is left after the last step. length: tokens of a text. clip:
 # the norm to which all gradients together are clipped.
@@ -229,7 +230,7 @@ HYPER = {
         "squad": dict(epochs=10, batch_size=16, length=384,
                       warmup=0.1, t_i=0.1, t_f=0.2),
         "mnli": dict(warmup=0.16, t_i=0.16, t_f=0.16),
-        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1, t_i=0.2, t_f=0.3)
+        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1, t_i=0.2, t_f=0.3)        # 3e-6 as in its runs
     }
 }
 # </method>
@@ -286,9 +287,9 @@ def lr_factor(step, steps, warmup, lr_end):
     return min(1.0, rise, lr_end + fall)
 
 
-# Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; these are the
-# paper's. SQuAD has two distributions, of start and end: their KLs, each in fp32, are averaged.
-# STS-B's one number is no distribution: its KL is 0.
+# Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; these are
+# that paper's. SQuAD has two distributions, of start and end: their KLs, each in fp32, are
+# averaged. STS-B's one number is no distribution: its KL is 0.
 def task_loss(net, batch, teacher, temperature=2.0):
     """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student)."""
     out = net(**batch)
@@ -395,10 +396,9 @@ def main(args):
     for layer, m in zip(layers.values(), masked):
         parametrize.register_parametrization(layer, "weight", m)
     scores = [m.scores for m in masked]                 # S: (out, in) each
-    # Scores start at 0, the steps that Adam makes are proportional to their learning rate, and
-    # only the order of scores counts. So here --score_lr changes the scale of the scores and no
-    # mask; in soft_mvp.py it changes masks. No weight decay (here it is 0 for all, but the slot
-    # may be copied): it would let the scores forget the early steps.
+    # Twice the --score_lr doubles all scores: they start at 0, and Adam's steps are proportional to
+    # it. Their order stays, and so do the masks (not in soft_mvp.py). No weight decay, also where
+    # you copy this slot to: it would let the scores forget the early steps.
     groups.append({"params": scores,
                    "lr": args.score_lr, "initial_lr": args.score_lr, "weight_decay": 0.0})
     # </method>

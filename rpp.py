@@ -11,8 +11,9 @@ out/support. Every task then starts from it: pruned once, on text that has no la
 
     minimise  f0(w) + gamma sum_i alpha_i |w_i|           f0: BERT's pre-training loss, MLM + NSP
 
-A step has two halves. Adam lowers f0 and knows nothing of pruning: w becomes a. Then each weight
-is pulled towards 0, survivors too, and one that would cross 0 becomes 0: the proximal step.
+A step has two halves. Adam lowers f0 and knows nothing of pruning: w becomes a. Then each prunable
+weight is pulled towards 0, those that stay too, and one that would cross 0 becomes 0: the proximal
+step.
 
     w_i = sign(a_i) max(|a_i| - lr gamma alpha_i, 0)
 
@@ -22,7 +23,8 @@ alpha_i = 1 / (|w_i|^p + eps). From then on small weights are pulled harder than
     w            the N weights in the six matrices of each encoder layer, all layers together
     lr           pre-training's learning rate at this step
     gamma        how hard all weights are pulled. It is chosen at each step so that the fraction v
-                 remains (lr then cancels). --gamma G fixes it instead, as the paper does
+                 remains (lr gamma then does not depend on lr). --gamma G fixes it instead, as the
+                 paper does
     v            fraction kept: s + (1 - s) (1 - progress)^3. progress goes from 0 to 1 while rounds
                  last; s is --sparsity, the fraction KEPT
     p            min(k, 5); with --gamma 1
@@ -38,7 +40,8 @@ pre-training.
     python rpp.py --task squad --sparsity 0.4
     python rpp.py --task mnli --sparsity 0.4 --support out/rpp-squad-0.4-s0      another task
 
-Without a GPU this runs on mini/'s made-up data. The first command's last line then begins:
+Without a GPU this runs on mini/'s made-up data (with one add --corpus FILE, or --preset mini). The
+first command's last line then begins:
 
     RESULT rpp squad keeps 40.00% (prunes 60.00%) EM 81.8 F1 82.3 | 1000 steps ..
     (with --pretrain_steps 4000 F1 98.3)
@@ -71,10 +74,10 @@ import common
 # ---- the method
 
 def largest_to_go(x, v):
-    """The limit below which elements go: if all up to it are removed, round(v n) of n are left.
+    """The largest of the elements to remove, so that round(v n) of n are left, or one if that is 0.
 
-    x: (n,), none below 0. Returns a float, which is an element of x, or 0.0 where none has to go.
-    round(v n) counts as 1 at least. Where elements equal the limit all of them go, and fewer stay.
+    x: (n,), none below 0. Returns a float; 0.0 where none has to go. The caller removes all that
+    are not above it: where elements are equal, a few more than wanted.
     """
     n_go = len(x) - max(1, round(v * len(x)))
     if n_go == 0:
@@ -87,12 +90,13 @@ def largest_to_go(x, v):
 
 
 # Why not add gamma sum_i alpha_i |w_i| to the loss? Its gradient would go through Adam, which
-# divides by the recent size of all gradients: where the term dominates, a larger gamma hardly
-# changes the step. And such steps hardly ever end at exactly 0. So Adam minimises f0 alone, and
-# the other term is minimised exactly, near the point a that Adam has reached:
+# divides each weight's gradient by its own recent size, and this term would be part of both: where
+# it dominates, a larger gamma hardly changes the step. And such steps hardly ever end at exactly
+# 0. So Adam minimises f0 alone, and the other term is minimised exactly, near the point a that
+# Adam has reached:
 #     w = argmin_x (x - a)^2 / 2 + threshold |x|,  threshold = lr gamma alpha
 # (Adam's real step length differs from weight to weight. To weigh the two terms by lr alone is a
-# choice; it matters with --gamma only.)
+# choice.)
 # For x > 0 the slope is x - a + threshold, which is 0 at x = a - threshold, if that is above 0.
 # For x < 0 it is 0 at a + threshold, if that is below 0. Where |a| <= threshold there is neither:
 # the minimum is the kink at 0.
@@ -101,16 +105,16 @@ def prox(a, threshold):
     return a - a.clamp(-threshold, threshold)
 
 
-# With p = 1 each weight that is not 0 adds |w| / |w| = 1 to sum_i alpha_i |w_i| when a round
-# begins: there the sum counts them. A larger p pulls small weights harder still. Can a zero come
-# back? Within a round it keeps the alpha that it had, and can. When the round ends, its alpha
-# becomes 1 / eps. With p = 1 no other weight is held nearly as hard, so it stays at 0. With p = 5
-# all weights well below 0.016 have about this alpha (|w|^5 < eps): among them only |a| decides,
-# and a zero can come back as long as rounds last. The paper writes |w|^(t), from memory. If (t) is
-# the number of an iterate, as in the lab's other code, then p = 1. If it is a power, then p is the
-# round's number. The first is likelier, but the second scores better on mini with 10 % kept
-# (results/why/README.md), so it is the default here. --gamma is the paper's way, so it takes the
-# likelier p = 1.
+# Right after a reweighting with p = 1 each weight that is not 0 adds |w| / |w| = 1 to
+# sum_i alpha_i |w_i|: the sum is their number. A larger p pulls small weights harder still. Can a
+# zero come back? Adam moves zeros too. Within a round a new zero keeps the alpha that it had, so a
+# later pull may leave it off 0. When the round ends, its alpha becomes 1 / eps. With p = 1 no
+# other weight is held nearly as hard, so it stays at 0. With p = 5 all weights well below 0.016
+# have about this alpha (|w|^5 < eps): among them only |a| decides, and a zero can come back as
+# long as rounds last. The paper writes |w|^(t), from memory. If (t) is the number of an iterate,
+# as in the lab's other code, then p = 1. If it is a power, then p is the round's number. The first
+# is likelier, but the second scores better on mini with 10 % kept (results/why/README.md), so it
+# is the default here. --gamma is the paper's way, so it takes the likelier p = 1.
 def reweight(w, p, eps):
     """alpha = 1 / (|w|^p + eps), of w's shape."""
     return 1 / (w.abs() ** p + eps)
@@ -169,7 +173,7 @@ def draw_pair(documents, length, rng):
     home = int(rng.integers(len(documents)))
     document = documents[home]
     first = int(rng.integers(max(1, len(document) - 1)))
-    most = max(1, min(len(document) - first - 1, length // 8))
+    most = max(1, min(len(document) - first - 1, length // 8))      # of 8 tokens and more
     n_lines = 1 + int(rng.integers(most))
     second = first + n_lines
     a = sum(document[first:second], [])
@@ -251,7 +255,7 @@ def accuracy(net, batches, device):
 # Fine-tuning: the values of magnitude.py, from the movement pruning paper. Pre-training under the
 # paper preset: rounds, lr, batch_size and eps are RPP's, from memory; the rest, and the mini
 # preset, are ours. --steps, --batch_size and --lr hold in both phases; --pretrain_steps overrides
-# --steps in pre-training. "*" holds for all tasks; a task's own values go before it. warmup: the
+# --steps in pre-training. "*" holds for all tasks; a task's own values override it. warmup: the
 # fraction of all steps in which lr rises. lr_end: the fraction of lr that is left after the last
 # step. recover: the last fraction of pre-training, after the rounds. p: the highest exponent.
 # length: tokens of a text. clip: the norm to which all gradients together are clipped.
@@ -291,7 +295,7 @@ HYPER = {
             epochs=10, batch_size=16, length=384, warmup=0.1
         ),
         "mnli": dict(warmup=0.16),
-        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1)
+        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1)        # 3e-6 as in its runs
     }
 }
 # </method>
@@ -339,8 +343,8 @@ def flags():
         help="fix gamma, as the paper does: it decides what is kept, not --sparsity")
     add("--rounds", type=number(int), help="alpha is reweighted after each")
     add("--nip", action="store_true", help="the paper's baseline: magnitude pruning in stairs")
-    add("--support", help="start from the pruned model in this folder: no pre-training, so the "
-                          "flags above and --sparsity change nothing")
+    add("--support", help="start from the pruned model in this folder: no pre-training, so its "
+                          "flags and --sparsity change nothing")
     # </method>
     return parser
 
@@ -354,9 +358,9 @@ def lr_factor(step, steps, warmup, lr_end):
     return min(1.0, rise, lr_end + fall)
 
 
-# Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; these are the
-# paper's. SQuAD has two distributions, of start and end: their KLs, each in fp32, are averaged.
-# STS-B's one number is no distribution: its KL is 0.
+# Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; these are
+# that paper's. SQuAD has two distributions, of start and end: their KLs, each in fp32, are
+# averaged. STS-B's one number is no distribution: its KL is 0.
 def task_loss(net, batch, teacher, temperature=2.0):
     """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student)."""
     out = net(**batch)
@@ -471,8 +475,8 @@ def main(args):
     # <method: setup>
     if pretrains and not support_done:
         documents = read_corpus(Path(args.corpus), tokenizer)
-        every = min(20, len(documents) // 2)                # one document in 20 is held out
-        held_out = documents[::every]
+        every = min(20, len(documents) // 2)                # one document in 20, of few one in two,
+        held_out = documents[::every]                       # is held out
         documents = [text for i, text in enumerate(documents) if i % every]
     found = None                                            # the BERT to prune, or pruned before
     lacking = []
@@ -541,7 +545,7 @@ def main(args):
             saved = torch.load(unfinished, map_location=device)
             found.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
-        alphas = [alpha.detach() for alpha in saved["alphas"]]
+        alphas = saved["alphas"]
         with autocast:
             first_scores = accuracy(net, held_batches, device)
         print(f"pre-training from step {saved['step']} of {steps} on {args.corpus}: {first_scores}")
@@ -563,7 +567,7 @@ def main(args):
             done = step + 1
             progress = min(1.0, done / rounds_end)
             left = (1 - progress) ** 3                      # the cubic of magnitude.py
-            stairs_down = int(progress * stairs)            # of --nip, by now
+            stairs_down = min(done, rounds_end) * stairs // rounds_end      # of --nip, by now
             if args.nip:                                    # even stairs
                 left = 1 - stairs_down / stairs
             v = args.sparsity + (1 - args.sparsity) * left
@@ -582,7 +586,7 @@ def main(args):
                 if holds:                                   # Adam's step has moved the zeros
                     for w, stays in zip(weights, remains):
                         w.masked_fill_(~stays, 0.0)
-                if args.nip and stairs_down > int(step / rounds_end * stairs):
+                if args.nip and stairs_down > step * stairs // rounds_end:
                     limit = largest_to_go(torch.cat([w.abs().flatten() for w in weights]), v)
                     for w in weights:
                         w.masked_fill_(w.abs() <= limit, 0.0)

@@ -19,16 +19,17 @@ presses all of them down. What a penalty changes is explained at sigmoid_penalty
 
     W, S, v, L   as in mvp.py: v falls from 1 to v_f, which --sparsity sets, the fraction KEPT
     K            number of matrices (72 in BERT-base); n: weights in the matrix of S; N: in all
-    r            how far v has come: v = 1 - (1 - v_f) r. 0 before pruning, 1 after it
+    r            the ramp, how far v has come: v = 1 - (1 - v_f) r. 0 before pruning, 1 after it
     lambda       lambda_f r; lambda_f is 1000, in the presets
 
 Unlike the official code, you choose the fraction kept. The official code fixes a threshold tau, and
-keeps the weights with sigmoid(S) > tau, however many they are: hence "soft". `--penalty LAMBDA`
-runs this: tau = 0.1 r, lambda = LAMBDA r, and neither --sparsity nor --scope decides what is kept.
-(In the paper's own runs on SQuAD a LAMBDA of 500 kept 13.9 %, and 1400 kept 2.6 %.) Both ways keep
-the highest scores, so at one step our mask is theirs for some tau (but for ties and the least
-shares). The text of the paper differs from its code: M = (S > tau), tau and lambda constant, R a
-sum.
+keeps the weights with sigmoid(S) > tau, however many they are (hence "soft"), and the least
+shares. `--penalty LAMBDA` runs this: tau = 0.1 r, lambda = LAMBDA r, and neither --sparsity nor
+--scope decides what is kept. (In the paper's own runs on SQuAD a LAMBDA of 500 kept 13.9 %, and
+1400 kept 2.6 %.) Given the same scores, some tau yields our mask, but for ties and the least
+shares.
+
+The text of the paper differs from its code: M = (S > tau), tau and lambda constant, R a sum.
 
     python soft_mvp.py --task squad --sparsity 0.03
 
@@ -63,11 +64,11 @@ import common
 # Why gradually? A pruned weight takes its share of the work with it, and the other weights need
 # some steps to take that over. Why a cubic? Zhu and Gupta chose it because it is steep at first,
 # when many weights are of little use, and flat at the end, when each pruned weight is missed.
-# Official: masked_run_squad.py, lines 72-92. There pruning begins and ends after a number of steps
-# that does not depend on the length of the run, so a short run never starts to prune. There the
-# first step is number 1 (in masked_run_glue.py it is 0, as here).
+# Official: masked_run_squad.py, lines 72-92. There t_i and t_f are numbers of steps, the same for
+# runs of any length, so a short run never starts to prune. There the first step is number 1 (in
+# masked_run_glue.py it is 0, as here).
 def schedule(step, steps, v_f, t_i, t_f):
-    """v, the fraction to keep at a step (the first is 0), by eq. 5 of Sanh et al.
+    """v, the fraction to keep at a step, by eq. 5 of Sanh et al. Steps count from 0.
 
     1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. (In a run of a few
     steps the last v may be above v_f; the slot "bake" prunes to v_f in any case.)
@@ -100,8 +101,8 @@ def top_v(scores, v):
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)
     stays = flat >= threshold                           # k of them, or more where scores are equal
-    # On a GPU the question how many there are would make Python wait for the answer. So there
-    # equal scores are always counted off.
+    # Too many stay if scores are equal: count them off. On a GPU that is done in any case, since
+    # to look whether it is needed would make Python wait for the GPU.
     if flat.is_cuda or torch.count_nonzero(stays) > k:
         above = flat > threshold
         equal = flat == threshold
@@ -194,18 +195,19 @@ class Masked(nn.Module):
 
 # If the fraction kept is given, what can a penalty change? Within one matrix, while scores are
 # near 0, p is about the same for all. Plain gradient descent would lower them all alike and change
-# no order there.
+# no order there. (Later, the lower a score, the smaller its p.)
 #
 # Our reading is that Adam makes the difference. It moves a score by about -lr * mean / size, where
 # mean is the running mean of its gradients, and size their running root mean square. Without a
 # penalty Adam cannot tell large gradients from small ones: ten times larger in every step, they
-# move the score just as far. The penalty gives it something to compare with. Let m be the mean of
-# dL/dW' * W, and g its root mean square. |m| is far below g, because the sign changes from batch
-# to batch:
+# move the score just as far. The penalty gives it something to compare with. For one score over
+# recent steps let m be the mean of its loss gradient dL/dW' * W, and g the root mean square of that
+# gradient; neither contains p. |m| is far below g, because the sign changes from batch to batch:
 #     g far below p    mean / size is about 1:            the score sinks as fast as it can
 #     g far above p    mean / size is about (m + p) / g:  the score hardly moves
-# To remove W changes the loss by about -dL/dW' * W. So weights that the loss hardly feels sink
-# first. Direction still counts: where |m| is larger than p, the sign of m decides, as in mvp.py.
+# On one batch, to remove a kept W changes the loss by about -dL/dW' * W, and g is the usual size of
+# this change. So weights that the loss hardly feels sink first. Direction still counts: where |m|
+# is larger than p, the sign of m decides, as in mvp.py.
 #
 # Measured on SST-2, in one run: the rank correlation of S with g climbs from 0.02 to 0.85 while
 # the fraction kept falls from 97 to 60 %. In a run without the penalty it stays at 0.02, and that
@@ -226,7 +228,7 @@ def sigmoid_penalty(scores):
 
 # <method: hyper-parameters>
 # For squad, mnli and qqp the paper's, from the authors' run sheet; the mini preset and the other
-# tasks are ours. "*" holds for all tasks; a task's own values go before it. warmup, t_i and t_f are
+# tasks are ours. "*" holds for all tasks; a task's own values override it. warmup, t_i and t_f are
 # fractions of all steps: lr rises during warmup, pruning begins after t_i, and ends t_f before the
 # end. lr_end: the fraction of lr that is left after the last step. length: tokens of a text. clip:
 # the norm to which all gradients together are clipped.
@@ -256,7 +258,7 @@ HYPER = {
         "squad": dict(epochs=10, batch_size=16, length=384,
                       warmup=0.1, t_i=0.1, t_f=0.2),
         "mnli": dict(warmup=0.16, t_i=0.16, t_f=0.16),
-        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1, t_i=0.2, t_f=0.3)
+        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1, t_i=0.2, t_f=0.3)        # 3e-6 as in its runs
     }
 }
 # </method>
@@ -316,9 +318,9 @@ def lr_factor(step, steps, warmup, lr_end):
     return min(1.0, rise, lr_end + fall)
 
 
-# Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; these are the
-# paper's. SQuAD has two distributions, of start and end: their KLs, each in fp32, are averaged.
-# STS-B's one number is no distribution: its KL is 0.
+# Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; these are
+# that paper's. SQuAD has two distributions, of start and end: their KLs, each in fp32, are
+# averaged. STS-B's one number is no distribution: its KL is 0.
 def task_loss(net, batch, teacher, temperature=2.0):
     """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student)."""
     out = net(**batch)
@@ -365,7 +367,7 @@ def main(args):
     # <method: checks>
     if args.sparsity == 1:
         raise SystemExit("--sparsity 1 prunes nothing: use python magnitude.py --sparsity 1")
-    if args.penalty is not None:
+    if args.penalty is not None and rank == 0:
         print("--penalty decides what is kept: --sparsity is no goal of this run")
     # </method>
 

@@ -67,7 +67,7 @@ HYPER = dict(
 # ---- copied from mgpp.py: <method: definitions>
 
 def schedule(step, steps, v_f, t_i, t_f):
-    """v, the fraction to keep at a step (the first is 0), by eq. 5 of Sanh et al.
+    """v, the fraction to keep at a step, by eq. 5 of Sanh et al. Steps count from 0.
 
     1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. (In a run of a few
     steps the last v may be above v_f; the slot "bake" prunes to v_f in any case.)
@@ -81,7 +81,7 @@ def schedule(step, steps, v_f, t_i, t_f):
 def fraction_left(step, steps, v_f, t_i, t_f, v_i):
     """v, the fraction left by a zeroing when `step` steps are done: 1 before t_i, then v_i to v_f.
 
-    Where v_i is below v_f, it is v_f from the first zeroing on.
+    If v_i is below v_f, each zeroing leaves v_f.
     """
     if step < t_i * steps:
         return 1.0
@@ -128,8 +128,8 @@ def top_v(scores, v):
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)
     stays = flat >= threshold                           # k of them, or more where scores are equal
-    # On a GPU the question how many there are would make Python wait for the answer. So there
-    # equal scores are always counted off.
+    # Too many stay if scores are equal: count them off. On a GPU that is done in any case, since
+    # to look whether it is needed would make Python wait for the GPU.
     if flat.is_cuda or torch.count_nonzero(stays) > k:
         above = flat > threshold
         equal = flat == threshold
@@ -400,9 +400,9 @@ def main(args):
             t = step + 1                                        # steps done by then
             pulls = t <= end                                    # up to the last zeroing
             due = t in (begin, end) or (begin < t < end and t % args.interval == 0)
-            v = fraction_left(t, args.steps, args.sparsity, args.t_i, args.t_f, args.v_i)
-            if pulls and not due:
-                v = None                                    # no goal until the next zeroing
+            v = None                                        # no goal until the next zeroing
+            if due or not pulls:
+                v = fraction_left(t, args.steps, args.sparsity, args.t_i, args.t_f, args.v_i)
         if args.method == "soft_mvp":
             # ---- copied from soft_mvp.py: <method: before forward>
             # Masks first, so that this step's loss and gradients are those of the pruned network.

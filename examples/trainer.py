@@ -48,7 +48,7 @@ MINI = Path(__file__).resolve().parent.parent / "mini"
 # ---- copied from soft_mvp.py: <method: definitions>, without the open loop
 
 def schedule(step, steps, v_f, t_i, t_f):
-    """v, the fraction to keep at a step (the first is 0), by eq. 5 of Sanh et al.
+    """v, the fraction to keep at a step, by eq. 5 of Sanh et al. Steps count from 0.
 
     1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. (In a run of a few
     steps the last v may be above v_f; the slot "bake" prunes to v_f in any case.)
@@ -79,8 +79,8 @@ def top_v(scores, v):
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)
     stays = flat >= threshold                           # k of them, or more where scores are equal
-    # On a GPU the question how many there are would make Python wait for the answer. So there
-    # equal scores are always counted off.
+    # Too many stay if scores are equal: count them off. On a GPU that is done in any case, since
+    # to look whether it is needed would make Python wait for the GPU.
     if flat.is_cuda or torch.count_nonzero(stays) > k:
         above = flat > threshold
         equal = flat == threshold
