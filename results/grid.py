@@ -4,6 +4,7 @@
     python results/grid.py squad11 --model DIR --data DIR      SQuAD 1.1, a small real BERT
     python results/grid.py sst2_3000 --model DIR --data DIR --corpus FILE      SST-2, 3,000 steps
     python results/grid.py cola --model DIR --data DIR         CoLA
+    python results/grid.py cola_10000 --model DIR --data DIR   CoLA, slowly, three layers
     python results/grid.py why/mix                             MGPP's spike, on mini
     python results/grid.py why/exponent                        RPP's exponent, on mini
     python results/grid.py paper --corpus FILE                 BERT-base on a GPU; never run
@@ -78,6 +79,10 @@ GRIDS = {
                           "mgpp_every10"]),
         ("cola", 0.1, 1, ["magnitude", "soft_mvp", "mgpp"]),
     ],
+    "cola_10000": [
+        ("cola", 1, 1, DENSE),
+        ("cola", 0.3, 1, ["magnitude", "soft_mvp", "l0"]),
+    ],
     "why/mix": [
         ("squad", 0.1, 3, ["mgpp", "mgpp_L2"]),
         ("squad", 0.03, 3, ["mgpp", "mgpp_L2", *SPIKES]),
@@ -105,6 +110,7 @@ FLAGS = {
     "sst2_3000": "--preset paper --device cpu --steps 3000 --lr 2e-4",
     "squad11": "--preset paper --device cpu --steps 800 --batch_size 8 --lr 2e-4",
     "cola": "--preset paper --device cpu --steps 800 --lr 1e-4",
+    "cola_10000": "--preset paper --device cpu --steps 10000 --batch_size 16 --lr 3e-5",
     "paper": "--preset paper --device cuda",
     ("rpp", "cola"): "--preset paper --device cpu --steps 600 --batch_size 16 --lr 3e-4",
 }

@@ -36,6 +36,20 @@ def test_figures_in_the_text_stand_in_tables():
         assert re.search(rf"\b{re.escape(figure)}\b", cells), figure
 
 
+def test_readme_quotes_the_order_and_the_wait():
+    """README's findings about the papers' order, and about a later first cut."""
+    readme = (ROOT / "README.md").read_text().replace("\n  ", " ")
+    order = re.search(r"(?m)^- \*\*Slowly cut.*$", readme)[0]
+    for line in tables.order().split("\n")[4:]:
+        _, script, *cells = [cell.strip() for cell in line.split("|")]
+        name = {"soft_mvp": "soft movement", "l0": "L0", "mvp": "movement", "mgpp": "MGPP"}
+        for score in filter(None, cells[:4:2]):
+            assert f" {name.get(script, script)} {score}" in order
+    early = re.search(r"(?m)^- \*\*And if it cuts too early.*$", readme)[0]
+    short, long = [line.split(" | ")[1] for line in tables.wait().split("\n")[2:]]
+    assert f"F1 {short}" in early and f" {long.split(' (')[0]} " in early
+
+
 # what the scripts in results/ put something else in the place of
 REPLACED = {
     "mvp": "update_masks top_v task_loss lr_factor Masked HYPER",
