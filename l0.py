@@ -180,6 +180,11 @@ def open_gates(scores):
     return sum(torch.count_nonzero(s > THRESHOLD) for s in scores)
 
 
+def share_kept(scores):
+    """k, as a float: the fraction of all weights whose gate is open without noise."""
+    return float(open_gates(scores)) / sum(s.numel() for s in scores)
+
+
 @torch.no_grad()
 def close_gap(scores, v):
     """Move the scores nearest to the threshold just across it: round(v N) of all N then exceed it.
@@ -521,11 +526,11 @@ def main(args):
     goal = None
     if args.penalty is None:
         goal = args.sparsity
+        was = share_kept(scores)
         moved = close_gap(scores, goal)
-        print(f"{moved:+d} gates were moved across the threshold")
-        if abs(moved) > 0.1 * goal * sum(s.numel() for s in scores):
-            print("these are more than a tenth of those kept: the run was too short to steer, "
-                  "give more --steps")
+        print(f"{was:.2%} of the gates were open, and {moved:+d} were moved across the threshold")
+        if abs(was - goal) > 0.1 * goal:
+            print("that is more than a tenth of those kept: the run was too short, give more --steps")
     for layer in layers.values():
         parametrize.remove_parametrizations(layer, "weight")
     # </method>
