@@ -530,7 +530,7 @@ def main(args):
         moved = close_gap(scores, goal)
         print(f"{was:.2%} of the gates were open, and {moved:+d} were moved across the threshold")
         if abs(was - goal) > 0.1 * goal:
-            print("that is more than a tenth of those kept: the run was too short, give more --steps")
+            print("more than a tenth of those kept: the run was too short, give more --steps")
     for layer in layers.values():
         parametrize.remove_parametrizations(layer, "weight")
     # </method>
