@@ -67,7 +67,7 @@ def test_command_line(ended, method):
     assert result["n_prunable"] == 786432 and not (out / "checkpoint.pt").exists()
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().split("\n")[:-1]]
     assert log[-1]["step"] == 8 and {"loss", "penalty", "kept", "goal", "lr"} <= set(log[-1])
-    step = r"step 8  loss [\d.]+  penalty [-\d.e]+  goal 0.1  kept 0.1\d*  lr .* of about \d+"
+    step = r"step 8  loss [\d.]+  penalty [-+\d.e]+  goal 0.1\d*  kept [\d.]+  lr .* of about \d+"
     assert re.search(step, process.stdout)
 
 
