@@ -85,8 +85,9 @@ import common
 def schedule(step, steps, v_f, t_i, t_f):
     """v, the fraction to keep at a step, by eq. 5 of Sanh et al. Steps count from 0.
 
-    1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. (In a run of a few
-    steps the last v may be above v_f; the slot "bake" prunes to v_f in any case.)
+    1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. The ramp is one
+    step long at least. (So in a run of a few steps the last v may be above v_f; the slot "bake"
+    prunes to v_f in any case.)
     """
     length = max(1.0, (1 - t_i - t_f) * steps)          # of the ramp, in steps; never 0
     done = (step - t_i * steps) / length
@@ -159,7 +160,10 @@ def expected_l0(scores):
 
 
 class Gated(nn.Module):
-    """A parametrization: the layer computes with W' = W * z, and its scores learn through z."""
+    """A parametrization: the layer computes with W' = W * z, and its scores learn through z.
+
+    noise is y: the slot "before forward" draws it.
+    """
 
     def __init__(self, weight):
         super().__init__()

@@ -84,8 +84,9 @@ import common
 def schedule(step, steps, v_f, t_i, t_f):
     """v, the fraction to keep at a step, by eq. 5 of Sanh et al. Steps count from 0.
 
-    1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. (In a run of a few
-    steps the last v may be above v_f; the slot "bake" prunes to v_f in any case.)
+    1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. The ramp is one
+    step long at least. (So in a run of a few steps the last v may be above v_f; the slot "bake"
+    prunes to v_f in any case.)
     """
     length = max(1.0, (1 - t_i - t_f) * steps)          # of the ramp, in steps; never 0
     done = (step - t_i * steps) / length
@@ -107,7 +108,10 @@ def fraction_left(step, steps, v_f, t_i, t_f, v_i):
 
 # Official: MWA.py, lines 114-126.
 def mixing_weight(step, steps, t_i, t_f):
-    """lam, the weight of the slab, at this step: linearly from 0.1 at t_i to 1e-4 at 1 - t_f."""
+    """lam, the weight of the slab, at this step: linearly from 0.1 at t_i to 1e-4 at 1 - t_f.
+
+    Its ramp is at least one step long too.
+    """
     done = (step - t_i * steps) / max(1.0, (1 - t_i - t_f) * steps)
     return 0.1 + (1e-4 - 0.1) * min(max(done, 0.0), 1.0)
 
