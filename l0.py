@@ -294,8 +294,8 @@ def lr_factor(step, steps, warmup, lr_end):
 
 
 # Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; these are
-# that paper's. SQuAD has two distributions, of start and end: their KLs, each in fp32, are
-# averaged. STS-B's one number is no distribution: its KL is 0.
+# of the movement pruning paper. SQuAD has two distributions, of start and end: their KLs, each in
+# fp32, are averaged. STS-B's one number is no distribution: its KL is 0.
 def task_loss(net, batch, teacher, temperature=2.0):
     """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student)."""
     out = net(**batch)

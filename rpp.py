@@ -40,8 +40,8 @@ pre-training.
     python rpp.py --task squad --sparsity 0.4
     python rpp.py --task mnli --sparsity 0.4 --support out/rpp-squad-0.4-s0      another task
 
-Without a GPU this runs on mini/'s made-up data (with one add --corpus FILE, or --preset mini). The
-first command's last line then begins:
+Where there is a GPU, add --corpus FILE or --preset mini. Without one this runs on mini/'s made-up
+data, and the first command's last line begins:
 
     RESULT rpp squad keeps 40.00% (prunes 60.00%) EM 81.8 F1 82.3 | 1000 steps ..
     (with --pretrain_steps 4000 F1 98.3)
@@ -74,7 +74,7 @@ import common
 # ---- the method
 
 def largest_to_go(x, v):
-    """The largest of the elements to remove, so that round(v n) of n are left, or one if that is 0.
+    """The largest element to remove so that round(v n) of n are left (one, if round(v n) is 0).
 
     x: (n,), none below 0. Returns a float; 0.0 where none has to go. The caller removes all that
     are not above it: where elements are equal, a few more than wanted.
@@ -173,7 +173,7 @@ def draw_pair(documents, length, rng):
     home = int(rng.integers(len(documents)))
     document = documents[home]
     first = int(rng.integers(max(1, len(document) - 1)))
-    most = max(1, min(len(document) - first - 1, length // 8))      # of 8 tokens and more
+    most = max(1, min(len(document) - first - 1, length // 8))      # lines, of 8 tokens or more
     n_lines = 1 + int(rng.integers(most))
     second = first + n_lines
     a = sum(document[first:second], [])
@@ -295,7 +295,7 @@ HYPER = {
             epochs=10, batch_size=16, length=384, warmup=0.1
         ),
         "mnli": dict(warmup=0.16),
-        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1)        # 3e-6 as in its runs
+        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1)  # the paper's runs have 3e-6
     }
 }
 # </method>
@@ -359,8 +359,8 @@ def lr_factor(step, steps, warmup, lr_end):
 
 
 # Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; these are
-# that paper's. SQuAD has two distributions, of start and end: their KLs, each in fp32, are
-# averaged. STS-B's one number is no distribution: its KL is 0.
+# of the movement pruning paper. SQuAD has two distributions, of start and end: their KLs, each in
+# fp32, are averaged. STS-B's one number is no distribution: its KL is 0.
 def task_loss(net, batch, teacher, temperature=2.0):
     """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student)."""
     out = net(**batch)
@@ -406,9 +406,10 @@ def main(args):
             raise SystemExit(f"{out} was begun with another {', '.join(differ)}: give its command")
     # <method: checks>
     support = out / "support"                               # pre-training's result is saved here
-    inputs = {os.path.realpath(args.support or args.model), os.path.realpath(args.model)}
+    inputs.add(os.path.realpath(args.support or args.model))
     if inputs & {os.path.realpath(out), os.path.realpath(support)}:
-        raise SystemExit(f"--out {out} holds the --support or --model folder: give another")
+        raise SystemExit(f"--out {out} holds the --support, --model or --teacher folder: give "
+                         "another")
     pretrains = args.support is None
     support_done = pretrains and args.resume and support.exists()       # by the killed run
     if pretrains and args.corpus is None:
@@ -475,8 +476,9 @@ def main(args):
     # <method: setup>
     if pretrains and not support_done:
         documents = read_corpus(Path(args.corpus), tokenizer)
-        every = min(20, len(documents) // 2)                # one document in 20, of few one in two,
-        held_out = documents[::every]                       # is held out
+        # each 20th document is held out; of fewer than 40, two or three
+        every = min(20, len(documents) // 2)
+        held_out = documents[::every]
         documents = [text for i, text in enumerate(documents) if i % every]
     found = None                                            # the BERT to prune, or pruned before
     lacking = []

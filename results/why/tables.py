@@ -208,6 +208,12 @@ def probes():
     return markdown(["model", "removed first", "0", "0.1 %", "1 %", "5 %", "20 %", "40 %"], lines)
 
 
+def experiment(name, variant):
+    """The rows of why.tsv that are of this experiment and variant."""
+    return [row for row in read("why/why.tsv")
+            if (row["experiment"], row["variant"]) == (name, variant)]
+
+
 def what_helps():
     """One change at a time in the run of 1,200 steps."""
     names = {"plain": "as it is", "penalty": "soft movement's penalty added",
@@ -217,8 +223,7 @@ def what_helps():
              "slow": "12,000 steps"}
     lines = []
     for variant, name in names.items():
-        rows = [row for row in read("why/why.tsv")
-                if (row["experiment"], row["variant"]) == ("falls", variant)]
+        rows = experiment("falls", variant)
         cells = [f"{shown(row['loss'])} at {100 * float(row['kept']):.0f} %" for row in
                  (min(rows, key=lambda row: abs(float(row["kept"]) - 0.93)), rows[-1])]
         lines.append([name, *cells])
@@ -229,15 +234,14 @@ def wait():
     """mini, 10 %: F1 by the step of the first cut, seeds 0 to 9, and the loss near 48 % kept."""
     lines = []
     for t_i in ("0.05", "0.3"):
-        rows = [row for row in read("why/why.tsv")
-                if (row["experiment"], row["variant"]) == ("wait", t_i)]
+        rows = experiment("wait", t_i)
         ends = sorted((int(row["seed"]), ast.literal_eval(row["metrics"])["F1"])
                       for row in rows if row["step"] == row["steps"])
         middle = [float(row["loss"]) for row in rows if 0.47 < float(row["kept"]) < 0.49]
         lines.append([t_i, grid.mean([f1 for _, f1 in ends]),
                       f"{min(middle):.2f} to {sorted(middle)[-2]:.2f}, {max(middle):.2f}"])
     return markdown(
-        ["t_i", "F1 (seeds 0 to 9)", "loss near 48 % kept: nine runs, the highest"], lines)
+        ["t_i", "F1 (seeds 0 to 9)", "loss near 48 % kept: nine runs, then the highest"], lines)
 
 
 def penalty():
@@ -246,8 +250,7 @@ def penalty():
              "sgd1000": "lambda_f = 1000, scores by SGD", "sgd0": "lambda_f = 0, scores by SGD"}
     lines = []
     for variant, name in names.items():
-        rows = [row for row in read("why/why.tsv")
-                if (row["experiment"], row["variant"]) == ("soft", variant)]
+        rows = experiment("soft", variant)
         cells = [f"{shown(row['size'])} / {shown(row['move'])}" for row in rows]
         lines.append([name, *cells, *[""] * (6 - len(cells)), shown(rows[-1]["loss"])])
     return markdown(["soft_mvp.py, 10 %", *(f"{k} % kept" for k in (97, 93, 87, 78, 70, 60)),
