@@ -277,6 +277,7 @@ def flags():
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--checkpoint_every", type=number(int), default=500, help="in steps; BERT-base: 1 to 2 GB")
     # <method: flags>
+    add("--t_i", type=number(float, high=1), help="fraction of the steps before the first cut")
     add("--score_lr", type=number(float), help="peak learning rate of the scores")
     add("--penalty", type=number(float),
         help="lambda of the paper's way: it decides what is kept, not --sparsity; so name --out")
@@ -459,8 +460,10 @@ def main(args):
         # <method: before forward>
         # Noise before the forward pass: this step's loss is that of one draw of gates. The draw
         # depends on (seed, step) alone, so it is the same in all processes and in a resumed run.
+        # 2^32 sets its numbers apart from dropout's on a GPU. (A CPU's generator takes the seed
+        # modulo 2^32.)
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
-        generator.manual_seed(args.seed * 1_000_003 + step)
+        generator.manual_seed(2**32 + args.seed * 1_000_003 + step)
         for m in gated:
             m.noise.uniform_(1e-4, 1 - 1e-4, generator=generator)       # u
             m.noise.logit_()                                            # y = log u - log(1 - u)

@@ -269,6 +269,7 @@ def flags():
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--checkpoint_every", type=number(int), default=500, help="in steps; BERT-base: 1 to 2 GB")
     # <method: flags>
+    add("--t_i", type=number(float, high=1), help="fraction of the steps before the first cut")
     add("--mix", type=number(float, high=1), help="fixed weight of the slab; 1: plain L2")
     add("--spike", type=number(float), help="variance of the spike")
     add("--slab", type=number(float), help="variance of the slab")

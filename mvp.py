@@ -272,6 +272,7 @@ def flags():
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--checkpoint_every", type=number(int), default=500, help="in steps; BERT-base: 1 to 2 GB")
     # <method: flags>
+    add("--t_i", type=number(float, high=1), help="fraction of the steps before the first cut")
     add("--score_lr", type=number(float), help="peak learning rate of the scores")
     add("--scope", default="local", choices=["local", "global"],
         help="rank the scores of each matrix by themselves, or those of all matrices together")

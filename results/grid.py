@@ -6,6 +6,7 @@
     python results/grid.py cola --model DIR --data DIR         CoLA
     python results/grid.py cola_10000 --model DIR --data DIR   CoLA, slowly, three layers
     python results/grid.py why/mix                             MGPP's spike, on mini
+    python results/grid.py why/wait                            a later first cut, on mini
     python results/grid.py why/exponent                        RPP's exponent, on mini
     python results/grid.py paper --corpus FILE                 BERT-base on a GPU; never run
 
@@ -43,6 +44,11 @@ VARIANTS = {
     "mvp_kd": "mvp.py",
     "soft_mvp_kd": "soft_mvp.py",
     "nip": "rpp.py --nip",
+    "magnitude_wait": "magnitude.py --t_i 0.3",
+    "mvp_wait": "mvp.py --t_i 0.3",
+    "soft_mvp_wait": "soft_mvp.py --t_i 0.3",
+    "l0_wait": "l0.py --t_i 0.3",
+    "mgpp_wait": "mgpp.py --t_i 0.3",
     "rpp_2000": "rpp.py --pretrain_steps 2000",
     "rpp_p1": "results/why/proximal.py --p 1 --pretrain_steps 2000",
     "dense_3e-5": "magnitude.py --lr 3e-5",
@@ -53,6 +59,7 @@ DENSE = ["magnitude"]
 TEACHER = ["mvp_kd", "soft_mvp_kd"]
 BEFORE_MVP = ["magnitude", "soft_mvp", "l0", "mgpp", "mgpp_L2", "mvp"]
 RPP = ["rpp"]
+WAIT = ["magnitude_wait", "mvp_wait", "soft_mvp_wait", "l0_wait", "mgpp_wait"]
 SPIKES = ["mgpp_1e-12", "mgpp_1e-8", "mgpp_1e-6", "mgpp_1e-4"]
 # name: [(task, fraction kept, seeds, columns)]
 GRIDS = {
@@ -87,6 +94,10 @@ GRIDS = {
         ("squad", 0.1, 3, ["mgpp", "mgpp_L2"]),
         ("squad", 0.03, 3, ["mgpp", "mgpp_L2", *SPIKES]),
     ],
+    "why/wait": [
+        ("squad", 0.1, 2, WAIT),
+        ("squad", 0.03, 2, WAIT),
+    ],
     "why/exponent": [
         ("squad", 0.1, 3, ["rpp_2000", "rpp_p1"]),
         ("squad", 0.4, 3, ["rpp_2000", "rpp_p1"]),
@@ -106,6 +117,7 @@ MINI = "--preset mini --device cpu"
 FLAGS = {
     "mini": MINI,
     "why/mix": MINI,
+    "why/wait": MINI,
     "why/exponent": MINI,
     "sst2_3000": "--preset paper --device cpu --steps 3000 --lr 2e-4",
     "squad11": "--preset paper --device cpu --steps 800 --batch_size 8 --lr 2e-4",
@@ -238,7 +250,7 @@ def table(grid, rows):
         values.setdefault((column, task, v), []).append(score(task, row[5]))
     places = sorted({(task, v) for _, task, v in values if v < 1},
                     key=lambda place: (list(SHOWN).index(place[0]), -place[1]))
-    world = "mini" if grid in ("mini", "why/mix", "why/exponent") else "real"
+    world = "mini" if FLAGS[grid] == MINI else "real"
     lines = [["", *(f"{task}, {100 * v:g} %" for task, v in places)],
              ["floor", *(f"{floor(world, task):.1f}" for task, _ in places)]]
     for dense in dict.fromkeys(column for column, _, v in values if v == 1):
