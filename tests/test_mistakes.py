@@ -36,7 +36,8 @@ def test_sentence(data, tmp_path, flags, words):
     ("magnitude", "--sparsity", ["0", "97", "nan"]), ("magnitude", "--steps", ["0", "1.5", "many"]),
     ("magnitude", "--batch_size", ["-1"]), ("magnitude", "--lr", ["0", "inf"]),
     ("magnitude", "--seed", ["-1"]), ("magnitude", "--checkpoint_every", ["0"]),
-    ("mvp", "--score_lr", ["-1"]), ("soft_mvp", "--penalty", ["0"]), ("l0", "--penalty", ["-1"]),
+    ("mvp", "--score_lr", ["-1"]), ("mvp", "--t_i", ["0", "2"]),
+    ("soft_mvp", "--penalty", ["0"]), ("l0", "--penalty", ["-1"]),
     ("mgpp", "--mix", ["0", "2"]), ("mgpp", "--spike", ["0"]), ("mgpp", "--interval", ["0"]),
     ("rpp", "--gamma", ["0"]), ("rpp", "--pretrain_steps", ["0"]), ("rpp", "--rounds", ["0"])])
 def test_numbers_out_of_range(method, flag, bad, capsys):
