@@ -13,6 +13,7 @@ pruned enough.
     python examples/trainer.py --model roberta-base --lr 3e-5 --steps 20000 --data DIR \
         --columns text label --out out/mine         # a real model needs thousands of steps
     python examples/trainer.py --resume                 # killed? your command, plus --resume
+    torchrun --nproc_per_node=4 examples/trainer.py     # four GPUs, --batch_size on each
 
 Model   any encoder that transformers has: a folder, or a name on the hub. By default mini/bert
 Data    DIR/train.tsv and DIR/dev.tsv, tabs between columns, no quoting. --columns names the text
@@ -338,12 +339,17 @@ def main(args):
     if len(classes) < 2:
         raise SystemExit(f"{args.data}/train.tsv has one class alone, {classes}")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForSequenceClassification.from_pretrained(
+    loaded = AutoModelForSequenceClassification.from_pretrained(
         args.model,
         id2label=dict(enumerate(classes)),
         label2id={label: i for i, label in enumerate(classes)},
         dtype=torch.float32,                    # else the folder's own, which may be half precision
     )
+    # BERT's own files call the weights of a norm gamma and beta. transformers would go on saving
+    # them under these names, and the Trainer, when it resumes, would not find them. A model made
+    # anew saves today's names.
+    model = AutoModelForSequenceClassification.from_config(loaded.config)
+    model.load_state_dict(loaded.state_dict())
 
     # ---- train
     method = SoftMovement(args.sparsity)
@@ -362,6 +368,7 @@ def main(args):
         logging_steps=100,
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_broadcast_buffers=False,            # the masks: each process has found the same
         seed=args.seed,
     )
     common = dict(

@@ -7,7 +7,8 @@
 Drawn from files of the repository:
 score.png      F1 against the fraction kept: the papers (PAPERS below), mini (results/mini.tsv)
 runs.png       loss and fraction kept, step by step (figures/logs/)
-speed.png      hard movement's loss while it prunes, by depth and steps (results/why/speed.tsv)
+order.png      accuracy on real sentences, cut slowly (results/why/speed.tsv)
+speed.png      hard movement's loss while it prunes, by depth and steps (the same)
 scores.png     movement's scores against the weights (figures/scores.npz, from figures/watch.py)
 threshold.png  the smallest weight that each zeroing of MGPP leaves (figures/threshold.tsv, same)
 prior.png      MGPP's prior and L2 (formulas of mgpp.py)
@@ -274,6 +275,40 @@ def draw_runs(runs):
     return fig
 
 
+def draw_order(runs):
+    """Large marks are means, small ones are seeds."""
+    rows = read_tsv(ROOT / "results" / "why" / "speed.tsv")
+    rows = [row for row in rows if (row["layers"], row["steps"]) == ("3", "10000")]
+    floors = read_tsv(ROOT / "results" / "floor.tsv")
+    lowest = max(float(row["scores"].split()[1]) for row in floors
+                 if (row["data"], row["task"]) == ("real", "sst2"))
+    dense = np.mean([float(row["acc"]) for row in rows if row["kept"] == "1"])
+    fig, axes = panels("Cut slowly, learned scores lead on real sentences", 2, 4, sharey=True)
+    order = ["magnitude", "mgpp", "mvp", "l0", "soft_mvp"]
+    for ax, v in zip(axes, ("0.1", "0.03")):
+        for place, method in enumerate(order):
+            _, colour, mark = METHODS[method]
+            seeds = [float(row["acc"]) for row in rows
+                     if (row["script"], row["kept"]) == (method, v)]
+            ax.scatter(seeds, [place] * len(seeds), s=40, marker=mark, facecolor="none",
+                       edgecolor=colour)
+            ax.scatter(np.mean(seeds), place, s=90, marker=mark, color=colour)
+        ax.axvline(dense, color=INK, linewidth=1.2)
+        ax.axvspan(0, lowest, color="#EEF0F2", zorder=0)
+        ax.axvline(lowest, color=FAINT, linewidth=1.2, linestyle="--")
+        ax.text(dense - 0.2, -0.7, f"dense {dense:.1f}", ha="right")
+        ax.text(lowest - 0.2, 4.55, f"floor {lowest:.1f}: counts words", ha="right")
+        ax.set_xlim(69, 88)
+        ax.set_xticks([70, 75, 80, 85])
+        ax.set_ylim(-0.9, 5)
+        ax.set_title(f"{100 * float(v):g} % kept")
+        ax.set_xlabel("accuracy")
+    axes[0].set_yticks(range(len(order)), [METHODS[method][0] for method in order])
+    for label, method in zip(axes[0].get_yticklabels(), order):
+        label.set(color=METHODS[method][1], weight="bold")
+    return fig
+
+
 def draw_speed(runs):
     """Each loss is a mean over the steps in which about so much is kept; the last, of the end."""
     rows = read_tsv(ROOT / "results" / "why" / "speed.tsv")
@@ -537,9 +572,9 @@ def draw_words(runs):
 
 
 PICTURES = {"movement": draw_movement, "score": draw_score, "runs": draw_runs,
-            "speed": draw_speed, "scores": draw_scores, "threshold": draw_threshold,
-            "prior": draw_prior, "layers": draw_layers, "patterns": draw_patterns,
-            "words": draw_words}
+            "order": draw_order, "speed": draw_speed, "scores": draw_scores,
+            "threshold": draw_threshold, "prior": draw_prior, "layers": draw_layers,
+            "patterns": draw_patterns, "words": draw_words}
 
 
 def main():

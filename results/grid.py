@@ -250,7 +250,7 @@ def table(grid, rows):
         values.setdefault((column, task, v), []).append(score(task, row[5]))
     places = sorted({(task, v) for _, task, v in values if v < 1},
                     key=lambda place: (list(SHOWN).index(place[0]), -place[1]))
-    world = "mini" if FLAGS[grid] == MINI else "real"
+    world = "mini" if FLAGS.get(grid) == MINI else "real"
     lines = [["", *(f"{task}, {100 * v:g} %" for task, v in places)],
              ["floor", *(f"{floor(world, task):.1f}" for task, _ in places)]]
     for dense in dict.fromkeys(column for column, _, v in values if v == 1):

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import re
+import shutil
 import sys
 import textwrap
 import tokenize
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import METHODS, ROOT, start
+from safetensors.torch import load_file, save_file
 from test_frame import SLOT
 from torch import nn
 from transformers import (
@@ -273,9 +275,18 @@ def arguments(trainer, data, out, *more):
 
 
 def test_trainer_resumes(trainer, tmp_path, monkeypatch, capsys):
-    """Killed in its sixth step and resumed: the same file. It opens with plain transformers."""
+    """Killed in its sixth step and resumed: the same file. It opens with plain transformers.
+
+    The model names the weights of its norms as BERT's own files do.
+    """
     data = questions(tmp_path / "data")
-    trainer.main(arguments(trainer, data, tmp_path / "whole"))
+    old = tmp_path / "old"
+    shutil.copytree(ROOT / "mini" / "bert", old)
+    state = {name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): value
+             for name, value in load_file(old / "model.safetensors").items()}
+    save_file(state, old / "model.safetensors", metadata={"format": "pt"})
+    model = ["--model", str(old)]
+    trainer.main(arguments(trainer, data, tmp_path / "whole", *model))
     line = "RESULT trainer keeps 10.00% (prunes 90.00%) accuracy "
     assert line in capsys.readouterr().out
     whole = trainer.SoftMovement.before_forward
@@ -287,11 +298,11 @@ def test_trainer_resumes(trainer, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(trainer.SoftMovement, "before_forward", killed)
     with pytest.raises(KeyboardInterrupt):
-        trainer.main(arguments(trainer, data, tmp_path / "killed"))
+        trainer.main(arguments(trainer, data, tmp_path / "killed", *model))
     monkeypatch.undo()
     with pytest.raises(SystemExit, match="holds another run"):
-        trainer.main(arguments(trainer, data, tmp_path / "killed"))
-    trainer.main(arguments(trainer, data, tmp_path / "killed", "--resume"))
+        trainer.main(arguments(trainer, data, tmp_path / "killed", *model))
+    trainer.main(arguments(trainer, data, tmp_path / "killed", *model, "--resume"))
     assert line in capsys.readouterr().out
     files = [tmp_path / name / "model.safetensors" for name in ("whole", "killed")]
     assert files[0].read_bytes() == files[1].read_bytes()

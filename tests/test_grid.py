@@ -15,8 +15,8 @@ def check(words):
     if words[0][:-3] in METHODS:
         importlib.import_module(words[0][:-3]).flags().parse_args(words[1:])
     else:
-        made_in_readme = f".py {words[0]} " in (ROOT / "README.md").read_text()
-        assert (ROOT / words[0]).exists() or made_in_readme
+        exercise = f"## {words[0]}:" in (ROOT / "examples" / "exercises.md").read_text()
+        assert (ROOT / words[0]).exists() or exercise
 
 
 @pytest.mark.parametrize("name", grid.GRIDS)

@@ -20,7 +20,7 @@ def test_tables_are_made_of_the_rows(page):
 def test_each_table_stands_once():
     marked = re.findall(r"<!-- ([^/].*?) -->", "".join(TEXT.values()))
     grids = [name for name in tables.grid.GRIDS if name != "paper"]
-    assert sorted(marked) == sorted([*tables.TABLES, *grids])
+    assert sorted(marked) == sorted({*tables.TABLES, *grids})
 
 
 def test_figures_in_the_text_stand_in_tables():
@@ -34,20 +34,6 @@ def test_figures_in_the_text_stand_in_tables():
     findings = TEXT["results"].split("## Findings")[1].split("\n## ")[0]
     for figure in re.findall(r"(?<!± )\b\d+\.\d\b", findings):
         assert re.search(rf"\b{re.escape(figure)}\b", cells), figure
-
-
-def test_readme_quotes_the_order_and_the_wait():
-    """README's findings about the papers' order, and about a later first cut."""
-    readme = (ROOT / "README.md").read_text().replace("\n  ", " ")
-    order = re.search(r"(?m)^- \*\*Slowly cut.*$", readme)[0]
-    for line in tables.order().split("\n")[4:]:
-        _, script, *cells = [cell.strip() for cell in line.split("|")]
-        name = {"soft_mvp": "soft movement", "l0": "L0", "mvp": "movement", "mgpp": "MGPP"}
-        for score in filter(None, cells[:4:2]):
-            assert f" {name.get(script, script)} {score}" in order
-    early = re.search(r"(?m)^- \*\*And if it cuts too early.*$", readme)[0]
-    short, long = [line.split(" | ")[1] for line in tables.wait().split("\n")[2:]]
-    assert f"F1 {short}" in early and f" {long.split(' (')[0]} " in early
 
 
 # what the scripts in results/ put something else in the place of
@@ -93,8 +79,8 @@ def test_docstrings_and_exercises_quote_the_default_runs():
         quoted = re.search(line, text)
         place = method, float(quoted[1]) / 100
         assert quoted[2] == em[place] and quoted[3] == f1[place]
-    readme = (ROOT / "README.md").read_text()
-    exercises = re.findall(r"(?m)^cp \w+\.py (\w+)\.py .*F1 ([\d.]+)$", readme)
+    page = (ROOT / "examples" / "exercises.md").read_text()
+    exercises = re.findall(r"(?s)\n## (\w+)\.py:.*?F1 ([\d.]+)\.", page)
     assert len(exercises) == 5
     for name, stated in exercises:
         assert stated == f1[name, 0.5 if name == "two_of_four" else 0.1]

@@ -244,6 +244,23 @@ def wait():
         ["t_i", "F1 (seeds 0 to 9)", "loss near 48 % kept: nine runs, then the highest"], lines)
 
 
+def waits():
+    """mini, each method: F1 with the preset's first cut, after 5 % of the steps, and after 30 %."""
+    early = grid.read(RESULTS / "mini.tsv")[1]
+    late = grid.read(RESULTS / "why" / "wait.tsv")[1]
+    lines = []
+    for column in grid.WAIT:
+        method = column.removesuffix("_wait")
+        lines.append([method])
+        for v in (0.1, 0.03):
+            for rows, name in ((early, method), (late, column)):
+                f1 = [grid.score("squad", row[5]) for run, row in sorted(rows.items())
+                      if run[:3] == (name, "squad", v)]
+                lines[-1].append(grid.mean(f1))
+    names = [f"{v} %, t_i {t_i}" for v in (10, 3) for t_i in ("0.05", "0.3")]
+    return markdown(["", *names], lines)
+
+
 def penalty():
     """Correlations of the scores with size and with movement."""
     names = {"1000": "lambda_f = 1000", "0": "lambda_f = 0",
@@ -280,7 +297,7 @@ def spike():
 
 TABLES = {
     "floors": floors, "order": order, "generate": generation, "map": map_of_speed, "rules": rules,
-    "probes": probes, "what helps": what_helps, "wait": wait, "penalty": penalty,
+    "probes": probes, "what helps": what_helps, "wait": wait, "penalty": penalty, "why/wait": waits,
     "ranking": ranking, "spike": spike, "papers": bench.papers,
 }
 
