@@ -189,7 +189,7 @@ def slowly(script, v):
 @pytest.mark.parametrize("method", METHODS)
 def test_front_table(method):
     command, papers, *ours = front_row(f"| `{method}.py")
-    assert ours[:2] == [seeds("mini.tsv", method, v) for v in ("0.1", "0.03")]
+    assert ours[:2] == [seeds("mini.tsv", method, v, 1) for v in ("0.1", "0.03")]
     if method == "rpp":
         assert ours[2:] == ["", ""]
     else:
@@ -204,7 +204,7 @@ def test_front_table(method):
 
 def test_front_table_dense_and_floor():
     _, _, mini, _, sst2, _ = front_row("| dense")
-    assert mini == seeds("mini.tsv", "magnitude", "1")
+    assert mini == seeds("mini.tsv", "magnitude", "1", 1)
     assert sst2 == f"{slowly('magnitude', '1'):.1f}"
     real, tiny = (max(f1(row) for row in records("floor.tsv", data=data, task="squad"))
                   for data in ("real", "mini"))
@@ -214,9 +214,9 @@ def test_front_table_dense_and_floor():
 
 def test_findings():
     section = README.split("## What we found\n\n")[1].split("\n\n")[0].replace("\n  ", " ")
-    few, real, time, many, spike, rpp = section.split("\n")
-    assert f"soft movement F1 {seeds('mini.tsv', 'soft_mvp', '0.03')}" in few
-    assert f"magnitude {seeds('mini.tsv', 'magnitude', '0.03')}" in few
+    few, real, time, many, rpp = section.split("\n")
+    for name, method in (("soft movement has F1", "soft_mvp"), ("magnitude", "magnitude")):
+        assert f"{name} {seeds('mini.tsv', method, '0.03', 1).split(' ')[0]}" in few
     above = [f"{slowly(script, '0.1') - slowly('magnitude', '0.1'):.1f}"
              for script in ("soft_mvp", "l0", "mvp")]
     assert "soft movement, L0 and movement are {}, {} and {} points above".format(*above) in real
@@ -230,10 +230,11 @@ def test_findings():
                             ("soft movement", "soft_mvp", "0.3"), ("dense", "magnitude", "1")):
         row, = records("squad11.tsv", method=method, task="squad", sparsity=v)
         assert f"{name} {f1(row):.1f}" in many
-    gains = [f1(plain) - f1(row) for plain, row in zip(
-        records("why/mix.tsv", method="mgpp_L2", sparsity="0.1"),
-        records("why/mix.tsv", method="mgpp", sparsity="0.1"))]
-    assert f"{np.mean(gains):.1f} points of F1 more" in spike
-    for name, method, v in (("F1", "rpp", "0.4"), ("dense", "magnitude", "1")):
-        mean = seeds("mini.tsv", method, v, 1).split(" ")[0]
-        assert f"{name} {mean}" in rpp
+    questions = [seeds("mini.tsv", method, v, 1).split(" ")[0]
+                 for method, v in (("rpp", "0.4"), ("magnitude", "1"))]
+    assert "questions {} (dense {})".format(*questions) in rpp
+    for task in ("mnli", "qqp"):
+        row, = records("mini.tsv", method="rpp", task=task, sparsity="0.4")
+        dense, = records("mini.tsv", method="magnitude", task=task, sparsity="1")
+        first = [float(x["scores"].split()[1]) for x in (row, dense)]
+        assert "{} {:.1f} ({:.1f})".format(task, *first) in rpp
