@@ -535,7 +535,7 @@ def main(args):
         goal = args.sparsity
         was = share_kept(scores)
         moved = close_gap(scores, goal)
-        print(f"{was:.2%} of the gates were open, and {moved:+d} were moved across the threshold")
+        print(f"{was:.2%} of the gates were open; {abs(moved)} were switched to meet the goal")
         if abs(was - goal) > 0.1 * goal:
             print("more than a tenth of those kept: the run was too short, give more --steps")
     for layer in layers.values():

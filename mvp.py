@@ -29,7 +29,7 @@ this file cannot. --sparsity is the fraction KEPT.
 A run can collapse: its model then gives all inputs the same answer. On SST-2, with 10 % kept and a
 BERT of three layers, this file ended at chance (50.9 %) after 1,000 steps, and reached 81.3 % after
 10,000, where magnitude.py reached 78.4 %. (A bag of words without any BERT has 81.9 %.) What helps:
-more --steps, a later first cut (t_i: on mini one of ten seeds collapses at 0.05 and none at 0.3),
+more --steps, a later first cut (--t_i: on mini one seed of ten collapses at 0.05, none at 0.3),
 a shallower model, or the penalty of soft_mvp.py. Our reading of the cause: a low score says that W
 should shrink a little. Pruning sets it to 0, and W may be large. That does damage, which training
 must repair before the next cut. The measurements are in results/why/README.md.
