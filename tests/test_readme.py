@@ -88,6 +88,13 @@ def test_loop_runs_as_printed(tmp_path, monkeypatch):
     assert any((a != b).any() for a, b in zip(before, saved.state_dict().values()))
 
 
+@pytest.mark.parametrize("method, own", re.findall(r"(?m)^\| (\w+) \| `(\w+=.*)` \|$", COPYING))
+def test_own_values_are_those_of_mini(method, own):
+    module = importlib.import_module(method)
+    defaults = vars(module.flags().parse_args([])) | module.MINI
+    assert eval(f"dict({own})").items() <= defaults.items()
+
+
 def exercises():
     """[(name, script that it is a copy of, [(what is replaced, by what)])]"""
     found = []
