@@ -229,7 +229,7 @@ def draw_runs(runs):
     """RPP prunes in pre-training, which stands left of step 0; its loss there is another one."""
     logs = HERE / "logs"
     fig, axes = panels(
-        "Pruned runs stay above the dense loss; once the cuts have ended, most come near it",
+        "While a method prunes, its loss stays above the dense run's",
         3, 6.2, rows=2, sharey=True)
     dense = read_log(logs / "magnitude-squad-1-s0.jsonl")
     for ax, (method, (name, colour, _)) in zip(axes.flat, METHODS.items()):
@@ -266,7 +266,7 @@ def draw_runs(runs):
     axes[0, 0].text(0.98, 0.9, "grey: % kept", color=FAINT, ha="right",
                     transform=axes[0, 0].transAxes)
     axes[0, 0].text(0.98, 0.78, "dotted: dense run", ha="right", transform=axes[0, 0].transAxes)
-    axes[1, 2].text(0.98, 0.3, "pruned in\npre-training,\nbefore step 0", ha="right",
+    axes[1, 2].text(0.98, 0.3, "pruned in 200 steps\nof pre-training,\nbefore step 0", ha="right",
                     transform=axes[1, 2].transAxes)
     for ax in axes[:, 0]:
         ax.set_ylabel("loss of one batch")

@@ -67,29 +67,29 @@ def generation():
 
 
 def order():
-    """SST-2, three layers, 10,000 steps of 16: accuracy, and its distance from magnitude's."""
+    """SST-2, three layers, 10,000 steps of 16: accuracy, less magnitude's, and less the floor."""
     runs = {}
     for row in read("why/speed.tsv"):
         if (row["layers"], row["steps"]) == ("3", "10000"):
             name = "dense" if row["kept"] == "1" else row["script"]
             runs.setdefault((name, row["kept"]), []).append(float(row["acc"]))
+    floor = grid.floor("real", "sst2")
 
-    def distance(method, v):
-        if method == "magnitude" or (method, v) not in runs or ("magnitude", v) not in runs:
-            return ""
-        means = [np.mean(runs[name, v]) for name in (method, "magnitude")]
-        error = sum(mean * (100 - mean) / 872 for mean in means) ** 0.5
-        return f"{means[0] - means[1]:+.1f} ± {error:.1f}"
+    def difference(a, b):
+        error = sum(x * (100 - x) / 872 for x in (a, b)) ** 0.5
+        return f"{a - b:+.1f} ± {error:.1f}"
 
-    floor = f"{grid.floor('real', 'sst2'):.1f}"
-    dense = grid.mean(runs.get(("dense", "1")))
-    lines = [["floor", floor, "", floor, ""], ["dense", dense, "", dense, ""]]
-    for method in grid.METHODS:
-        cells = [cell for v in ("0.1", "0.03")
-                 for cell in (grid.mean(runs.get((method, v))), distance(method, v))]
-        if any(cells):
-            lines.append([method, *cells])
-    return markdown(["", "sst2, 10 %", "minus magnitude", "sst2, 3 %", "minus magnitude"], lines)
+    dense = grid.mean(runs["dense", "1"])
+    lines = [["floor", *[f"{floor:.1f}", "", ""] * 2], ["dense", *[dense, "", ""] * 2]]
+    for method in grid.METHODS[:-1]:
+        lines.append([method])
+        for v in ("0.1", "0.03"):
+            mean, magnitude = (np.mean(runs[name, v]) for name in (method, "magnitude"))
+            lines[-1] += [grid.mean(runs[method, v]),
+                          "" if method == "magnitude" else difference(mean, magnitude),
+                          difference(mean, floor)]
+    columns = [(f"sst2, {v} %", "less magnitude", "less the floor") for v in (10, 3)]
+    return markdown(["", *columns[0], *columns[1]], lines)
 
 
 # ---- results/why/README.md
