@@ -283,7 +283,7 @@ def draw_order(runs):
     lowest = max(float(row["scores"].split()[1]) for row in floors
                  if (row["data"], row["task"]) == ("real", "sst2"))
     dense = np.mean([float(row["acc"]) for row in rows if row["kept"] == "1"])
-    fig, axes = panels("Cut slowly, learned scores lead on real sentences", 2, 4, sharey=True)
+    fig, axes = panels("With slow pruning, learned scores lead on SST-2", 2, 4, sharey=True)
     order = ["magnitude", "mgpp", "mvp", "l0", "soft_mvp"]
     for ax, v in zip(axes, ("0.1", "0.03")):
         for place, method in enumerate(order):
