@@ -86,7 +86,7 @@ def papers():
     seconds = flops / FLOPS + 12 * 4 * WEIGHTS / BYTES  # solve_gamma and prox: 12 passes
     lines.append(row("RPP's pre-training, 256 x 128", "20,000", f"{flops / 1e12:.2f}",
                      f"{1000 * seconds:.1f}", f"{20000 * seconds / 3600:.2f}"))
-    lines += ["", row("method", "passes a step", "GB a step", "ms a step",
+    lines += ["", row("method", "passes a step", "GB a step", "added ms a step",
                       *(f"{task}, hours" for task in TASKS)), row(*["---"] * (4 + len(TASKS)))]
     for method, passes in PASSES.items():
         moved = passes * 4 * WEIGHTS
