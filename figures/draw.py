@@ -373,7 +373,7 @@ def draw_movement(runs):
     before = flat(encoder(ROOT / "mini" / "bert"))
     dense = flat(encoder(runs / "magnitude-squad-1-s0"))
     some = np.random.default_rng(0).permutation(len(before))
-    fig, axes = panels("Magnitude keeps the weights that are large, movement those that grow",
+    fig, axes = panels("Magnitude keeps large weights, movement those that move away from 0",
                        2, 5.2, sharex=True, sharey=True)
     for ax, method in zip(axes, ("magnitude", "mvp")):
         name, colour, _ = METHODS[method]
@@ -387,7 +387,7 @@ def draw_movement(runs):
         ax.axhline(0, color=INK, linewidth=1)
         ax.axvline(0, color=INK, linewidth=1)
         ax.set_title(f"{name} pruning", color=colour, weight="bold")
-        ax.text(0.31, -0.086, f"{100 * grew:.0f} % of the kept grew", color=colour, ha="right")
+        ax.text(0.31, -0.086, f"{100 * grew:.0f} % moved away from 0", color=colour, ha="right")
         ax.set_xlim(-0.32, 0.32)
         ax.set_ylim(-0.09, 0.09)
         ax.set_xlabel("weight before fine-tuning")
