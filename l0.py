@@ -46,7 +46,7 @@ Train for 1,000 steps or more: in shorter runs k lags behind v. --sparsity is th
 
     python l0.py --task squad --sparsity 0.03
 
-Without a GPU this runs on mini/'s made-up data. Its last line then begins:
+Without CUDA, this runs on the made-up data in mini/, and the last line it prints begins:
 
     RESULT l0 squad keeps 3.00% (prunes 97.00%) EM 82.8 F1 83.1 | 1000 steps ..
 """
@@ -79,17 +79,17 @@ import common
 # Why gradually? A pruned weight takes its share of the work with it, and the other weights need
 # some steps to take that over. Why a cubic? Zhu and Gupta chose it because it is steep at first,
 # when many weights are of little use, and flat at the end, when each pruned weight is missed.
-# Official: masked_run_squad.py, lines 72-92. There t_i and t_f are numbers of steps, the same for
-# runs of any length, so a short run never starts to prune. There the first step is number 1 (in
-# masked_run_glue.py it is 0, as here).
+# Official: masked_run_squad.py, lines 72-92. There t_i and t_f are numbers of steps that do not
+# grow with the run, so a short run ends before pruning starts. Steps count from 1 there (in
+# masked_run_glue.py from 0, as here).
 def schedule(step, steps, v_f, t_i, t_f):
     """v, the fraction to keep at a step, by eq. 5 of Sanh et al. Steps count from 0.
 
-    1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. The ramp is one
-    step long at least. (So in a run of a few steps the last v may be above v_f; the slot "bake"
-    prunes to v_f in any case.)
+    1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. The cubic part
+    takes at least one step. (So in a run of a few steps, or with t_i close to 1, the last v may be
+    above v_f; the slot "bake" prunes to v_f in any case.)
     """
-    length = max(1.0, (1 - t_i - t_f) * steps)          # of the ramp, in steps; never 0
+    length = max(1.0, (1 - t_i - t_f) * steps)          # of the cubic part, in steps; never 0
     done = (step - t_i * steps) / length
     done = min(max(done, 0.0), 1.0)
     return v_f + (1 - v_f) * (1 - done) ** 3
@@ -100,7 +100,7 @@ def kth_largest(x, k):
     n = len(x)
     if x.device.type == "cpu":                          # numpy selects without a sort
         return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
-    if k > n // 2:                                      # topk is quick for few: from the other end
+    if k > n // 2:                                      # topk is fast for small k: count from below
         return x.topk(n - k + 1, largest=False, sorted=False).values.max()
     return x.topk(k, sorted=False).values.min()
 
@@ -108,21 +108,21 @@ def kth_largest(x, k):
 # Official: binarizer.py, lines 95-103. That code sorts in each forward pass, keeps int(v n), and
 # leaves open which of equal scores stay.
 def top_v(scores, v):
-    """Top_v: True for the highest round(v n) of all n scores, and for one if round(v n) is 0.
+    """Top_v: True for the highest round(v n) of the n scores, but always for at least one.
 
-    scores: of any shape; the mask has the same. Of equal scores those that come first in the
-    flattened tensor stay.
+    scores: any shape; the mask has the same shape. Among equal scores, those that come first in
+    the flattened tensor stay.
     """
     flat = scores.flatten()                             # (n,)
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)
     stays = flat >= threshold                           # k of them, or more where scores are equal
-    # Too many stay if scores are equal: count them off. On a GPU that is done in any case, since
-    # to look whether it is needed would make Python wait for the GPU.
+    # Too many stay if several equal the threshold: keep only the first of those. On a GPU this is
+    # always done, because checking whether it is needed would make Python wait for the GPU.
     if flat.is_cuda or torch.count_nonzero(stays) > k:
         above = flat > threshold
         equal = flat == threshold
-        room = k - torch.count_nonzero(above)           # so many of the equal ones may stay
+        room = k - torch.count_nonzero(above)           # how many of the equal ones may stay
         stays = above | (equal & (equal.cumsum(0) <= room))
     return stays.view_as(scores)
 
@@ -206,11 +206,11 @@ def close_gap(scores, v):
 # </method>
 
 # <method: hyper-parameters>
-# For squad, mnli and qqp the paper's, from the authors' run sheet; the mini preset and the other
-# tasks are ours. "*" holds for all tasks; a task's own values override it. warmup, t_i and t_f are
-# fractions of all steps: lr rises during warmup, pruning begins after t_i, and ends t_f before the
-# end. lr_end: the fraction of lr that is left after the last step. length: tokens of a text. clip:
-# the norm to which all gradients together are clipped.
+# In the paper preset, squad, mnli and qqp have the paper's values, from the authors' run sheet. The
+# other tasks' values and the mini preset are ours. "*" holds for all tasks; a task's own values
+# override it. warmup, t_i and t_f are fractions of all steps: lr rises during warmup, pruning
+# begins after t_i and ends t_f before the end. lr_end: the fraction of lr left after the last step.
+# length: the most tokens in one input. clip: the norm to which all gradients together are clipped.
 # score_lr: peak learning rate of the scores. ascent: step sizes of mu1 and mu2, ours.
 MINI = dict(
     model=str(common.MINI / "bert"),

@@ -3,10 +3,10 @@
 Papers: Zhu and Gupta 2017, arXiv 1710.01878; Sanh, Wolf and Rush 2020, arXiv 2005.07683, eq. 5.
 Official code: huggingface/transformers-research-projects, movement-pruning, at fccd0cdab0.
 
-Fine-tune BERT on a task, and let each weight matrix compute with its largest weights only, those of
-largest |W|. The others are masked: they count as 0, but they stay in the model. At first nothing is
-masked, then more and more. The belief behind it: a small weight adds little to a layer's output, so
-little is lost with it.
+Fine-tune BERT on a task, but let each weight matrix compute with only its largest weights, those
+with the largest |W|. The others are masked: they count as 0, but they stay in the model. At first
+nothing is masked, then more and more. The belief behind it: a small weight adds little to a layer's
+output, so little is lost by masking it.
 
     M  = Top_v(|W|)         1 for the largest round(v n) of a matrix's n weights, else 0
     W' = W * M              the matrix of the forward pass
@@ -14,29 +14,29 @@ little is lost with it.
 
     W            a weight matrix, (out, in); each encoder layer has six: query, key, value,
                  attention.output.dense, intermediate.dense, output.dense. Nothing else is masked.
-                 The embeddings are frozen, all else is trained. * is elementwise
-    v            the fraction kept at step t of T: 1 until t_i T, then this cubic, and v_f, which
-                 --sparsity sets, for the last t_f T steps. t_i and t_f are fractions, 0.05 and 0.3
-                 on mini
+                 The embeddings are frozen; everything else is trained. * is elementwise
+    v            the fraction kept at step t of T: 1 until step t_i T, then the cubic above, then
+                 v_f for the last t_f T steps. --sparsity sets v_f. t_i and t_f are fractions of the
+                 run, 0.05 and 0.3 on mini
     dL/dW'       gradient of the loss L with respect to W'
 
 Can a masked weight come back? M is taken as a constant, so by the chain rule dL/dW = dL/dW' * M: a
 masked weight gets no gradient, and stands still once Adam's momentum has faded. From then on it
-comes back only if kept weights shrink below it. While v falls the smallest kept weight gets larger
-and larger, so almost no weight comes back.
+comes back only if kept weights shrink below it. But as v falls, the smallest kept weight gets
+larger and larger, so almost no weight comes back.
 
 The weakness: fine-tuning hardly moves a weight. What is large at the end was large after
-pre-training, whatever the task. The task has little say in what is kept; mvp.py gives it one.
+pre-training, whatever the task. So the task has little say in what is kept; mvp.py gives it more.
 
 --sparsity is the fraction KEPT (elsewhere often the fraction pruned): 0.03 keeps 3 %. --sparsity 1
 masks nothing: this dense run is the baseline, and its folder can be the --teacher of another run.
---scope global ranks all matrices together. The official code counts biases and LayerNorm as kept
-weights, so its 3.14 % is our 3.00 %. By the text of Sanh et al. masked weights learn too; by their
-code, which we follow, they do not.
+--scope global ranks the weights of all matrices together. The official code counts biases and
+LayerNorm as kept weights, so its 3.14 % is our 3.00 %. Sanh et al. write that masked weights keep
+learning; in their code, which we follow, they do not.
 
     python magnitude.py --task squad --sparsity 0.1
 
-Without a GPU this runs on mini/'s made-up data. Its last line then begins:
+Without CUDA, this runs on the made-up data in mini/, and the last line it prints begins:
 
     RESULT magnitude squad keeps 10.00% (prunes 90.00%) EM 81.0 F1 81.9 | 1000 steps ..
 """
@@ -67,17 +67,17 @@ import common
 # Why gradually? A pruned weight takes its share of the work with it, and the other weights need
 # some steps to take that over. Why a cubic? Zhu and Gupta chose it because it is steep at first,
 # when many weights are of little use, and flat at the end, when each pruned weight is missed.
-# Official: masked_run_squad.py, lines 72-92. There t_i and t_f are numbers of steps, the same for
-# runs of any length, so a short run never starts to prune. There the first step is number 1 (in
-# masked_run_glue.py it is 0, as here).
+# Official: masked_run_squad.py, lines 72-92. There t_i and t_f are numbers of steps that do not
+# grow with the run, so a short run ends before pruning starts. Steps count from 1 there (in
+# masked_run_glue.py from 0, as here).
 def schedule(step, steps, v_f, t_i, t_f):
     """v, the fraction to keep at a step, by eq. 5 of Sanh et al. Steps count from 0.
 
-    1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. The ramp is one
-    step long at least. (So in a run of a few steps the last v may be above v_f; the slot "bake"
-    prunes to v_f in any case.)
+    1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. The cubic part
+    takes at least one step. (So in a run of a few steps, or with t_i close to 1, the last v may be
+    above v_f; the slot "bake" prunes to v_f in any case.)
     """
-    length = max(1.0, (1 - t_i - t_f) * steps)          # of the ramp, in steps; never 0
+    length = max(1.0, (1 - t_i - t_f) * steps)          # of the cubic part, in steps; never 0
     done = (step - t_i * steps) / length
     done = min(max(done, 0.0), 1.0)
     return v_f + (1 - v_f) * (1 - done) ** 3
@@ -88,7 +88,7 @@ def kth_largest(x, k):
     n = len(x)
     if x.device.type == "cpu":                          # numpy selects without a sort
         return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
-    if k > n // 2:                                      # topk is quick for few: from the other end
+    if k > n // 2:                                      # topk is fast for small k: count from below
         return x.topk(n - k + 1, largest=False, sorted=False).values.max()
     return x.topk(k, sorted=False).values.min()
 
@@ -96,35 +96,35 @@ def kth_largest(x, k):
 # Official: binarizer.py, lines 95-103. That code sorts in each forward pass, keeps int(v n), and
 # leaves open which of equal scores stay.
 def top_v(scores, v):
-    """Top_v: True for the highest round(v n) of all n scores, and for one if round(v n) is 0.
+    """Top_v: True for the highest round(v n) of the n scores, but always for at least one.
 
-    scores: of any shape; the mask has the same. Of equal scores those that come first in the
-    flattened tensor stay.
+    scores: any shape; the mask has the same shape. Among equal scores, those that come first in
+    the flattened tensor stay.
     """
     flat = scores.flatten()                             # (n,)
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)
     stays = flat >= threshold                           # k of them, or more where scores are equal
-    # Too many stay if scores are equal: count them off. On a GPU that is done in any case, since
-    # to look whether it is needed would make Python wait for the GPU.
+    # Too many stay if several equal the threshold: keep only the first of those. On a GPU this is
+    # always done, because checking whether it is needed would make Python wait for the GPU.
     if flat.is_cuda or torch.count_nonzero(stays) > k:
         above = flat > threshold
         equal = flat == threshold
-        room = k - torch.count_nonzero(above)           # so many of the equal ones may stay
+        room = k - torch.count_nonzero(above)           # how many of the equal ones may stay
         stays = above | (equal & (equal.cumsum(0) <= room))
     return stays.view_as(scores)
 
 
-# With --scope global all matrices compete. One could lose all its weights, and nothing would get
-# through it any more. So the best 0.5 % of each (or v, if v is smaller) are kept first.
+# With --scope global all matrices compete. One could lose all its weights: its output would then be
+# nothing but the bias. So each matrix first keeps its best 0.5 % (or v, if v is smaller).
 # Official: binarizer.py, line 53.
 def least_share(n):
     """The least share of a matrix of n weights, as a fraction: int(0.005 n) + 1 of them."""
     return (int(0.005 * n) + 1) / n
 
 
-# Official, for one ranking: masked_run_squad.py, lines 256-270. There the ranking is made anew
-# every 25 steps, int(v N) + 1 scores pass, and the least shares are kept in addition.
+# Official, for --scope global: masked_run_squad.py, lines 256-270. There the ranking is redone
+# every 25 steps, int(v N) + 1 scores pass, and the least shares are kept on top of those.
 @torch.no_grad()
 def update_masks(masked, scores, v, scope="local"):
     """Write M = Top_v(scores) into the mask of each Masked module in `masked`.
@@ -139,10 +139,10 @@ def update_masks(masked, scores, v, scope="local"):
     else:
         sizes = [s.numel() for s in scores]
         ranked = torch.cat([s.flatten() for s in scores])               # (N,)
-        # In this copy the best of each matrix are raised to infinity: they rank before all others.
-        # Each matrix rounds, so these can be more than round(v N) (at v = 0.5 % in mini 3936, not
-        # 3932). Then the last matrices lose the surplus. (If round(v N) is less than the number of
-        # matrices, some are emptied.)
+        # In this copy, the scores of each matrix's least share (or v, if smaller) are raised to
+        # infinity, so that they rank first. Each matrix rounds its count, so together they can
+        # exceed round(v N): on mini, at v = 0.5 %, they are 3936, not 3932. Then the last matrices
+        # lose the surplus. (If round(v N) is less than the number of matrices, some are emptied.)
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)
@@ -150,7 +150,7 @@ def update_masks(masked, scores, v, scope="local"):
         m.mask.copy_(mask.view_as(m.mask))
 
 
-# ---- how a layer computes without them
+# ---- how a layer computes with a mask
 
 # The mask is not saved in checkpoints: it is made anew before each forward pass.
 # Official: masked_nn.py, lines 92-106, and binarizer.py, class MagnitudeBinarizer.
@@ -171,11 +171,11 @@ def magnitudes(layers):
 # </method>
 
 # <method: hyper-parameters>
-# For squad, mnli and qqp the paper's, from the authors' run sheet; the mini preset and the other
-# tasks are ours. "*" holds for all tasks; a task's own values override it. warmup, t_i and t_f are
-# fractions of all steps: lr rises during warmup, pruning begins after t_i, and ends t_f before the
-# end. lr_end: the fraction of lr that is left after the last step. length: tokens of a text. clip:
-# the norm to which all gradients together are clipped.
+# In the paper preset, squad, mnli and qqp have the paper's values, from the authors' run sheet. The
+# other tasks' values and the mini preset are ours. "*" holds for all tasks; a task's own values
+# override it. warmup, t_i and t_f are fractions of all steps: lr rises during warmup, pruning
+# begins after t_i and ends t_f before the end. lr_end: the fraction of lr left after the last step.
+# length: the most tokens in one input. clip: the norm to which all gradients together are clipped.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),

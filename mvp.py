@@ -6,7 +6,8 @@ this mask is called topK.
 
 Read magnitude.py first. It asks which weights are large. This file asks which weights fine-tuning
 pushes away from 0. Each weight has a score, which learns from the first step on, before anything is
-pruned. Each matrix (with --scope global, all together) keeps the weights of highest scores.
+pruned. Each matrix keeps the weights with the highest scores. (With --scope global, all matrices
+are ranked together.)
 
     M  = Top_v(S)           1 for the highest round(v n) of a matrix's n scores, else 0
     W' = W * M              the matrix of the forward pass
@@ -21,22 +22,23 @@ Where dL/dW' * W is negative, a step of gradient descent moves a kept W away fro
 Where it is positive, the step moves W towards 0, and lowers S. The belief behind it: a weight that
 the task pushes away from 0 is one that the task needs.
 
-Unlike magnitude.py: scores are ranked instead of |W|, they are learned, and a backward pass written
-by hand gives them their gradient. --sparsity 1, dense, is left to magnitude.py. All else is
-identical: diff the two files. The official code can also start the scores at other values than 0;
-this file cannot. --sparsity is the fraction KEPT.
+Unlike magnitude.py, this file ranks scores instead of |W|. The scores are learned, and a
+hand-written backward pass gives them their gradient. --sparsity 1, a dense run, is left to
+magnitude.py. All else is identical: diff the two files. The official code can also start the scores
+at values other than 0; this file cannot. --sparsity is the fraction KEPT.
 
-A run can collapse: its model then gives all inputs the same answer. On SST-2, with 10 % kept and a
-BERT of three layers, this file ended at chance (50.9 %) after 1,000 steps, and reached 81.3 % after
-10,000, where magnitude.py reached 78.4 %. (A bag of words without any BERT has 81.9 %.) What helps:
-more --steps, a later first cut (--t_i: on mini one seed of ten collapses at 0.05, none at 0.3),
-a shallower model, or the penalty of soft_mvp.py. Our reading of the cause: a low score says that W
-should shrink a little. Pruning sets it to 0, and W may be large. That does damage, which training
-must repair before the next cut. The measurements are in results/why/README.md.
+A run can collapse: it ends at chance or not far above, often with the same answer for every input.
+On SST-2, with 10 % kept and a BERT of three layers, a run of 1,000 steps ended at chance (accuracy
+50.9 %). A run of 10,000 steps reached 81.3 %, and one of magnitude.py 78.4 %. (A bag of words, with
+no BERT at all, reaches 81.9 %.) What helps: more --steps, a shallower model, the penalty of
+soft_mvp.py, or a later start of pruning (--t_i: on mini, one seed of ten collapses at 0.05, none at
+0.3). Our reading of the cause: a low score only says that W should shrink a little, but pruning
+sets W to 0 at once, however large it is. Training must repair the damage before more weights are
+cut. The measurements are in results/why/README.md.
 
     python mvp.py --task squad --sparsity 0.1
 
-Without a GPU this runs on mini/'s made-up data. Its last line then begins:
+Without CUDA, this runs on the made-up data in mini/, and the last line it prints begins:
 
     RESULT mvp squad keeps 10.00% (prunes 90.00%) EM 91.5 F1 91.8 | 1000 steps ..
 """
@@ -67,17 +69,17 @@ import common
 # Why gradually? A pruned weight takes its share of the work with it, and the other weights need
 # some steps to take that over. Why a cubic? Zhu and Gupta chose it because it is steep at first,
 # when many weights are of little use, and flat at the end, when each pruned weight is missed.
-# Official: masked_run_squad.py, lines 72-92. There t_i and t_f are numbers of steps, the same for
-# runs of any length, so a short run never starts to prune. There the first step is number 1 (in
-# masked_run_glue.py it is 0, as here).
+# Official: masked_run_squad.py, lines 72-92. There t_i and t_f are numbers of steps that do not
+# grow with the run, so a short run ends before pruning starts. Steps count from 1 there (in
+# masked_run_glue.py from 0, as here).
 def schedule(step, steps, v_f, t_i, t_f):
     """v, the fraction to keep at a step, by eq. 5 of Sanh et al. Steps count from 0.
 
-    1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. The ramp is one
-    step long at least. (So in a run of a few steps the last v may be above v_f; the slot "bake"
-    prunes to v_f in any case.)
+    1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. The cubic part
+    takes at least one step. (So in a run of a few steps, or with t_i close to 1, the last v may be
+    above v_f; the slot "bake" prunes to v_f in any case.)
     """
-    length = max(1.0, (1 - t_i - t_f) * steps)          # of the ramp, in steps; never 0
+    length = max(1.0, (1 - t_i - t_f) * steps)          # of the cubic part, in steps; never 0
     done = (step - t_i * steps) / length
     done = min(max(done, 0.0), 1.0)
     return v_f + (1 - v_f) * (1 - done) ** 3
@@ -88,7 +90,7 @@ def kth_largest(x, k):
     n = len(x)
     if x.device.type == "cpu":                          # numpy selects without a sort
         return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
-    if k > n // 2:                                      # topk is quick for few: from the other end
+    if k > n // 2:                                      # topk is fast for small k: count from below
         return x.topk(n - k + 1, largest=False, sorted=False).values.max()
     return x.topk(k, sorted=False).values.min()
 
@@ -96,35 +98,35 @@ def kth_largest(x, k):
 # Official: binarizer.py, lines 95-103. That code sorts in each forward pass, keeps int(v n), and
 # leaves open which of equal scores stay.
 def top_v(scores, v):
-    """Top_v: True for the highest round(v n) of all n scores, and for one if round(v n) is 0.
+    """Top_v: True for the highest round(v n) of the n scores, but always for at least one.
 
-    scores: of any shape; the mask has the same. Of equal scores those that come first in the
-    flattened tensor stay.
+    scores: any shape; the mask has the same shape. Among equal scores, those that come first in
+    the flattened tensor stay.
     """
     flat = scores.flatten()                             # (n,)
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)
     stays = flat >= threshold                           # k of them, or more where scores are equal
-    # Too many stay if scores are equal: count them off. On a GPU that is done in any case, since
-    # to look whether it is needed would make Python wait for the GPU.
+    # Too many stay if several equal the threshold: keep only the first of those. On a GPU this is
+    # always done, because checking whether it is needed would make Python wait for the GPU.
     if flat.is_cuda or torch.count_nonzero(stays) > k:
         above = flat > threshold
         equal = flat == threshold
-        room = k - torch.count_nonzero(above)           # so many of the equal ones may stay
+        room = k - torch.count_nonzero(above)           # how many of the equal ones may stay
         stays = above | (equal & (equal.cumsum(0) <= room))
     return stays.view_as(scores)
 
 
-# With --scope global all matrices compete. One could lose all its weights, and nothing would get
-# through it any more. So the best 0.5 % of each (or v, if v is smaller) are kept first.
+# With --scope global all matrices compete. One could lose all its weights: its output would then be
+# nothing but the bias. So each matrix first keeps its best 0.5 % (or v, if v is smaller).
 # Official: binarizer.py, line 53.
 def least_share(n):
     """The least share of a matrix of n weights, as a fraction: int(0.005 n) + 1 of them."""
     return (int(0.005 * n) + 1) / n
 
 
-# Official, for one ranking: masked_run_squad.py, lines 256-270. There the ranking is made anew
-# every 25 steps, int(v N) + 1 scores pass, and the least shares are kept in addition.
+# Official, for --scope global: masked_run_squad.py, lines 256-270. There the ranking is redone
+# every 25 steps, int(v N) + 1 scores pass, and the least shares are kept on top of those.
 @torch.no_grad()
 def update_masks(masked, scores, v, scope="local"):
     """Write M = Top_v(scores) into the mask of each Masked module in `masked`.
@@ -139,10 +141,10 @@ def update_masks(masked, scores, v, scope="local"):
     else:
         sizes = [s.numel() for s in scores]
         ranked = torch.cat([s.flatten() for s in scores])               # (N,)
-        # In this copy the best of each matrix are raised to infinity: they rank before all others.
-        # Each matrix rounds, so these can be more than round(v N) (at v = 0.5 % in mini 3936, not
-        # 3932). Then the last matrices lose the surplus. (If round(v N) is less than the number of
-        # matrices, some are emptied.)
+        # In this copy, the scores of each matrix's least share (or v, if smaller) are raised to
+        # infinity, so that they rank first. Each matrix rounds its count, so together they can
+        # exceed round(v N): on mini, at v = 0.5 %, they are 3936, not 3932. Then the last matrices
+        # lose the surplus. (If round(v N) is less than the number of matrices, some are emptied.)
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)
@@ -157,9 +159,9 @@ def update_masks(masked, scores, v, scope="local"):
 # With W' = W * M the chain rule then gives dL/dS = dL/dW' * W, for masked weights too.
 #
 # Why may 1 stand in for the slope? A score that rises can switch its weight on, from 0 to W. This
-# changes the loss by about dL/dW' * W. So the sign is right to first order. The size is arbitrary:
-# the true slope is 0, and infinite at the threshold. (Top_v then switches another weight off; that
-# is ignored.)
+# changes the loss by about dL/dW' * W. So, to first order, the estimate has the right sign. Its
+# size is arbitrary: the true slope is 0, except at the threshold, where it is infinite. (Top_v also
+# switches another weight off in return; that is ignored.)
 #
 # What does the sign mean? Gradient descent moves a kept W along -dL/dW'. If dL/dW' * W is
 # negative, W moves away from 0, and S rises. If it is positive, W moves towards 0, and S falls. A
@@ -201,11 +203,11 @@ class Masked(nn.Module):
 # </method>
 
 # <method: hyper-parameters>
-# For squad, mnli and qqp the paper's, from the authors' run sheet; the mini preset and the other
-# tasks are ours. "*" holds for all tasks; a task's own values override it. warmup, t_i and t_f are
-# fractions of all steps: lr rises during warmup, pruning begins after t_i, and ends t_f before the
-# end. lr_end: the fraction of lr that is left after the last step. length: tokens of a text. clip:
-# the norm to which all gradients together are clipped.
+# In the paper preset, squad, mnli and qqp have the paper's values, from the authors' run sheet. The
+# other tasks' values and the mini preset are ours. "*" holds for all tasks; a task's own values
+# override it. warmup, t_i and t_f are fractions of all steps: lr rises during warmup, pruning
+# begins after t_i and ends t_f before the end. lr_end: the fraction of lr left after the last step.
+# length: the most tokens in one input. clip: the norm to which all gradients together are clipped.
 # score_lr: peak learning rate of the scores.
 MINI = dict(
     model=str(common.MINI / "bert"),
@@ -398,9 +400,9 @@ def main(args):
     for layer, m in zip(layers.values(), masked):
         parametrize.register_parametrization(layer, "weight", m)
     scores = [m.scores for m in masked]                 # S: (out, in) each
-    # Twice the --score_lr doubles all scores: they start at 0, and Adam's steps are proportional to
-    # it. Their order stays, and so do the masks (not in soft_mvp.py). No weight decay, also where
-    # you copy this slot to: it would let the scores forget the early steps.
+    # Doubling --score_lr doubles all scores: they start at 0, and Adam's steps are proportional to
+    # the rate. Their order stays the same, and so do the masks (but not in soft_mvp.py). No weight
+    # decay, even where you copy this slot: it would make the scores forget the early steps.
     groups.append({"params": scores,
                    "lr": args.score_lr, "initial_lr": args.score_lr, "weight_decay": 0.0})
     # </method>

@@ -51,11 +51,11 @@ MINI = Path(__file__).resolve().parent.parent / "mini"
 def schedule(step, steps, v_f, t_i, t_f):
     """v, the fraction to keep at a step, by eq. 5 of Sanh et al. Steps count from 0.
 
-    1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. The ramp is one
-    step long at least. (So in a run of a few steps the last v may be above v_f; the slot "bake"
-    prunes to v_f in any case.)
+    1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. The cubic part
+    takes at least one step. (So in a run of a few steps, or with t_i close to 1, the last v may be
+    above v_f; the slot "bake" prunes to v_f in any case.)
     """
-    length = max(1.0, (1 - t_i - t_f) * steps)          # of the ramp, in steps; never 0
+    length = max(1.0, (1 - t_i - t_f) * steps)          # of the cubic part, in steps; never 0
     done = (step - t_i * steps) / length
     done = min(max(done, 0.0), 1.0)
     return v_f + (1 - v_f) * (1 - done) ** 3
@@ -66,27 +66,27 @@ def kth_largest(x, k):
     n = len(x)
     if x.device.type == "cpu":                          # numpy selects without a sort
         return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
-    if k > n // 2:                                      # topk is quick for few: from the other end
+    if k > n // 2:                                      # topk is fast for small k: count from below
         return x.topk(n - k + 1, largest=False, sorted=False).values.max()
     return x.topk(k, sorted=False).values.min()
 
 
 def top_v(scores, v):
-    """Top_v: True for the highest round(v n) of all n scores, and for one if round(v n) is 0.
+    """Top_v: True for the highest round(v n) of the n scores, but always for at least one.
 
-    scores: of any shape; the mask has the same. Of equal scores those that come first in the
-    flattened tensor stay.
+    scores: any shape; the mask has the same shape. Among equal scores, those that come first in
+    the flattened tensor stay.
     """
     flat = scores.flatten()                             # (n,)
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)
     stays = flat >= threshold                           # k of them, or more where scores are equal
-    # Too many stay if scores are equal: count them off. On a GPU that is done in any case, since
-    # to look whether it is needed would make Python wait for the GPU.
+    # Too many stay if several equal the threshold: keep only the first of those. On a GPU this is
+    # always done, because checking whether it is needed would make Python wait for the GPU.
     if flat.is_cuda or torch.count_nonzero(stays) > k:
         above = flat > threshold
         equal = flat == threshold
-        room = k - torch.count_nonzero(above)           # so many of the equal ones may stay
+        room = k - torch.count_nonzero(above)           # how many of the equal ones may stay
         stays = above | (equal & (equal.cumsum(0) <= room))
     return stays.view_as(scores)
 
@@ -110,10 +110,10 @@ def update_masks(masked, scores, v, scope="local"):
     else:
         sizes = [s.numel() for s in scores]
         ranked = torch.cat([s.flatten() for s in scores])               # (N,)
-        # In this copy the best of each matrix are raised to infinity: they rank before all others.
-        # Each matrix rounds, so these can be more than round(v N) (at v = 0.5 % in mini 3936, not
-        # 3932). Then the last matrices lose the surplus. (If round(v N) is less than the number of
-        # matrices, some are emptied.)
+        # In this copy, the scores of each matrix's least share (or v, if smaller) are raised to
+        # infinity, so that they rank first. Each matrix rounds its count, so together they can
+        # exceed round(v N): on mini, at v = 0.5 %, they are 3936, not 3932. Then the last matrices
+        # lose the surplus. (If round(v N) is less than the number of matrices, some are emptied.)
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)
