@@ -12,37 +12,39 @@ probability that the gate is open (z > 0). This probability has a gradient, and 
     z  = clamp(q (zeta - gamma) + gamma, 0, 1)      q stretched to (gamma, zeta), then cut
     W' = W * z                               the matrix of the forward pass
     P  = P(z > 0) = sigmoid(S - beta log(-gamma / zeta))
-    E  = mean over matrices of the mean of P in the matrix
-    gradient of W: dL/dW' * z    gradient of S: dL/dW' * W * dz/dS, and the penalty's
+    E  = P averaged in each matrix, then over the matrices
+    gradient of W: dL/dW' * z    gradient of S: dL/dW' * W * dz/dS, plus the penalty's
 
     W, L         as in magnitude.py: a weight matrix (out, in), and the loss
     S            scores, (out, in), at the start 2.197 = logit(0.9), where P = 0.98: nearly all open
-    beta         temperature, 2/3: the smaller, the more draws give exactly 0 or 1
+    beta         temperature, 2/3: the smaller it is, the more draws of z are exactly 0 or 1
     gamma, zeta  -0.1 and 1.1
     v            fraction to keep at this step: falls from 1 to --sparsity, by schedule()
     k            fraction of all weights whose gate is open without noise (`share` in the code)
-    h            k / v - 1 (`excess`). k is a count and has no gradient: the value of h is that of
-                 k / v - 1, its gradient that of E / v
+    h            k / v - 1, how far k is above v, relative to v (`excess`). k is a count and has no
+                 gradient, so the backward pass uses the gradient of E / v
     mu1, mu2     multipliers, 0 at the start
 
 Why noise? A gate that is shut passes no gradient of the loss. With noise it opens now and then, so
-its weight can come back. To count, to evaluate and to save there is neither noise nor beta:
+its weight can come back. Counting, evaluating and saving use neither noise nor beta: there
 q = sigmoid(S), and the gate is open where S exceeds log(-gamma / zeta) = -2.398. (Both official
-codes drop beta here; with it the threshold would be -1.6.) What is saved is W * z with this z. k
-and E differ for two reasons: at the threshold P is still 0.31, and in E a small matrix weighs as
-much as a large one.
+codes drop beta here; with it the threshold would be -1.6.) What is saved is W * z with this z. E
+differs from k for two reasons: a gate at the threshold counts 0.31 in E, but 0 or 1 in k; and in E
+a small matrix weighs as much as a large one.
 
---penalty LAMBDA is the paper's way: minimise L + LAMBDA E from the first step, and keep the weights
-whose gates are open after the last. Without it two multipliers push k towards v, an augmented
-Lagrangian (Wang, Wohlwend and Lei 2020, arXiv 1910.04732). mu1 grows while k is above v, and
-falls while it is below; mu2 h^2 presses harder the larger the gap is. h, 2 and 60 are ours:
+Sanh et al. minimise L + lambda E with a constant lambda, and keep the weights whose gates are open
+at the end, however many these are. `--penalty LAMBDA` does that. Without it you choose the fraction
+kept, and two multipliers steer k to v, by an augmented Lagrangian (Wang, Wohlwend and Lei 2020,
+arXiv 1910.04732). mu1 grows while k is above v and falls while k is below. mu2 h^2 presses harder
+the larger the gap is. The form of h and the step sizes 2 and 60 are ours:
 
     minimise  L + mu1 h + mu2 h^2,   after each step mu1 += 2 h and mu2 += 60 h^2
 
-Unlike mvp.py: the gate is random and takes any value from 0 to 1, the threshold is fixed, and a
-matrix may lose all its weights. As in the movement code, and unlike Louizos et al.: a gate for each
-weight and not for each input neuron, log alpha not clamped, no L2 penalty on W, no averaging of W.
-Train for 1,000 steps or more: in shorter runs k lags behind v. --sparsity is the fraction KEPT.
+Unlike in mvp.py, the gate is random and takes any value from 0 to 1, the threshold is fixed, and a
+matrix may lose all its weights. As in the movement code, but unlike in Louizos et al., each weight
+has a gate (not each input neuron), log alpha is not clamped, and W has no L2 penalty and no running
+average. Train for 1,000 steps or more: in shorter runs k lags behind v. --sparsity is the fraction
+KEPT.
 
     python l0.py --task squad --sparsity 0.03
 
@@ -133,15 +135,15 @@ BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1                    # temperature; ends of t
 THRESHOLD = math.log(-GAMMA / ZETA)                     # -2.398: without noise z > 0 for S above it
 
 
-# q lies in (0, 1) and would never be 0. Stretched to (-0.1, 1.1) and cut, z is exactly 0 or
-# exactly 1 in a part of the draws ("hard"). In between it is a smooth function of S ("concrete", a
-# continuous stand-in for a 0/1 variable). In a draw where z is cut, dz/dS is 0, and the score
-# learns from the penalty alone. y = log u - log(1 - u), u uniform in (1e-4, 1 - 1e-4). (Louizos et
-# al. draw u in such an interval too, theirs ends at 1e-6; the movement code draws u in (0, 1) and
-# clamps it to 1e-4 and 1 - 1e-4.)
+# q lies in (0, 1), so it is never exactly 0. We stretch it to (-0.1, 1.1) and clamp the result to
+# [0, 1]. So in some draws z is exactly 0 or exactly 1 ("hard"). In between it is a smooth function
+# of S ("concrete", a continuous stand-in for a 0/1 variable). In a draw where z is clamped, dz/dS
+# is 0, and the score learns from the penalty alone. y = log u - log(1 - u), with u uniform in
+# (1e-4, 1 - 1e-4). (Louizos et al. do the same with 1e-6 instead of 1e-4. The movement code draws
+# u in (0, 1) and clamps it to [1e-4, 1 - 1e-4].)
 # Official: masked_nn.py, lines 94-102; l0_layers.py, lines 89-104, at 39a5fe6.
 def gate(scores, noise=None):
-    """The hard concrete gate z, in [0, 1]. scores and noise: (out, in), z has the same shape."""
+    """The hard concrete gate z, in [0, 1]. scores, noise and z all have the shape (out, in)."""
     if noise is None:
         q = torch.sigmoid(scores)                       # no beta either, as in both official codes
     else:
@@ -150,12 +152,12 @@ def gate(scores, noise=None):
 
 
 # How likely is z > 0? z > 0 means q > x, with x = -gamma / (zeta - gamma). Undo the sigmoid on
-# both sides: (y + S) / beta > log(x / (1 - x)) = log(-gamma / zeta). And y exceeds a number c with
-# probability sigmoid(-c), if we overlook the cut ends of u. With c = beta log(-gamma / zeta) - S
-# P(z > 0) is sigmoid(S - beta log(-gamma / zeta)).
+# both sides: (y + S) / beta > log(x / (1 - x)) = log(-gamma / zeta). So y must exceed
+# c = beta log(-gamma / zeta) - S. It does so with probability sigmoid(-c), if we ignore that u
+# stops short of 0 and 1. Hence P(z > 0) = sigmoid(S - beta log(-gamma / zeta)).
 # Official: masked_run_squad.py, lines 95-106 and 323-324.
 def expected_l0(scores):
-    """E: the mean over matrices of the mean of P(z > 0) in the matrix. scores: (out, in) each."""
+    """E: P(z > 0) averaged in each matrix, then over the matrices. scores: (out, in) each."""
     return torch.stack([torch.sigmoid(s - BETA * THRESHOLD).mean() for s in scores]).mean()
 
 
@@ -171,8 +173,9 @@ class Gated(nn.Module):
         self.register_buffer("noise", torch.zeros_like(weight), persistent=False)   # (out, in)
 
     def forward(self, weight):
-        # No noise where no gradient is wanted: in evaluation, and when W * z is saved. (If you add
-        # gradient checkpointing, set use_reentrant=False, else its first pass has no noise.)
+        # No noise where no gradient is wanted: to count, to evaluate, and to save W * z. (If you
+        # add gradient checkpointing, set use_reentrant=False. Otherwise its first pass runs without
+        # gradients, and so without noise.)
         return weight * gate(self.scores, self.noise if torch.is_grad_enabled() else None)
 
 
@@ -180,7 +183,7 @@ class Gated(nn.Module):
 
 @torch.no_grad()
 def open_gates(scores):
-    """How many gates are open without noise. A 0-dim tensor, so that Python awaits no GPU."""
+    """How many gates are open without noise. A 0-dim tensor: Python need not wait for the GPU."""
     return sum(torch.count_nonzero(s > THRESHOLD) for s in scores)
 
 
@@ -193,8 +196,8 @@ def share_kept(scores):
 def close_gap(scores, v):
     """Move the scores nearest to the threshold just across it: round(v N) of all N then exceed it.
 
-    One at least. Afterwards the score of each open gate is at least 0.001 above the threshold, that
-    of each other at least 0.001 below. Returns how many more are open than before, maybe below 0.
+    At least one does. Afterwards every score is at least 0.001 away from the threshold. Returns how
+    many more gates are open than before; a negative number if fewer are.
     """
     before = int(open_gates(scores))
     stays = top_v(torch.cat([s.flatten() for s in scores]), v)          # (N,)
@@ -405,13 +408,14 @@ def main(args):
     for layer, m in zip(layers.values(), gated):
         parametrize.register_parametrization(layer, "weight", m)
     scores = [m.scores for m in gated]                  # S: (out, in) each
-    # Here --score_lr matters: the threshold is fixed, and a score has to go from 2.197 down to
-    # -2.398 within the run. So it is ten times mvp.py's (not on QQP). No weight decay, also where
-    # you copy this slot to: it would pull all scores to 0.
+    # Here --score_lr matters: the threshold is fixed, and to shut its gate a score has to fall from
+    # 2.197 to -2.398 within the run. So the rate is ten times mvp.py's (except on QQP in the paper
+    # preset). No weight decay, even where you copy this slot: it would pull all scores to 0, where
+    # gates are open.
     groups.append({"params": scores,
                    "lr": args.score_lr, "initial_lr": args.score_lr, "weight_decay": 0.0})
-    # The multipliers are tensors, so that no step has to wait for their values; in float64, since
-    # they are sums of very many small terms.
+    # The multipliers are tensors, so that Python need not wait for their values in any step. They
+    # are float64, because each is a sum of very many small terms.
     state.update(mu1=torch.zeros((), dtype=torch.float64, device=device),
                  mu2=torch.zeros((), dtype=torch.float64, device=device))
     generator = torch.Generator(device)
@@ -460,8 +464,8 @@ def main(args):
         # <method: before forward>
         # Noise before the forward pass: this step's loss is that of one draw of gates. The draw
         # depends on (seed, step) alone, so it is the same in all processes and in a resumed run.
-        # 2^32 sets its numbers apart from dropout's on a GPU. (A CPU's generator takes the seed
-        # modulo 2^32.)
+        # On a GPU the 2^32 keeps the noise apart from dropout's numbers. On a CPU it cannot: there
+        # the generator takes the seed modulo 2^32.
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
         generator.manual_seed(2**32 + args.seed * 1_000_003 + step)
         for m in gated:
@@ -473,14 +477,14 @@ def main(args):
             loss = task_loss(net, batch, teacher)
 
         # <method: penalty>
-        # If you accumulate gradients over micro-batches, add it once per optimizer step.
+        # If you accumulate gradients, add the penalty once per step, not once per micro-batch.
         expected = expected_l0(scores)                  # E
         if args.penalty is not None:
             penalty = args.penalty * expected           # a true gradient; lambda is constant
             v = None                                    # an outcome, not a goal
         else:
             # A straight-through estimate: the forward pass uses k, a count, and the backward pass
-            # the gradient of E. E minus its constant copy has the value 0 and this gradient.
+            # uses the gradient of E. E - E.detach() has the value 0, and the gradient of E.
             share = open_gates(scores) / sum(s.numel() for s in scores)     # k
             excess = (share + expected - expected.detach()) / v - 1     # h
             mu1, mu2 = state["mu1"].float(), state["mu2"].float()
@@ -498,9 +502,9 @@ def main(args):
         optimizer.step()
 
         # <method: after step>
-        # Ascent on the multipliers, with the h from before the step: while too much is kept mu1
-        # grows, and the penalty presses harder; where too little is kept mu1 falls, below 0 if
-        # need be. mu2 only grows, so that later gaps weigh more.
+        # Gradient ascent on the multipliers, with the h that was in the penalty. While too much is
+        # kept, mu1 grows, and the penalty presses harder. While too little is kept, mu1 falls,
+        # below 0 if need be. mu2 only grows, so later gaps weigh more.
         if args.penalty is None:
             state["mu1"] += args.ascent[0] * excess.detach().double()
             state["mu2"] += args.ascent[1] * excess.detach().double() ** 2
@@ -526,10 +530,10 @@ def main(args):
             os.replace(out / "checkpoint.part", checkpoint)
 
     # <method: bake>
-    # Steering leaves a small gap, which is closed: the scores nearest to the threshold are moved
-    # just across it. There z is about 0 on both sides, so W * z hardly changes. Then W * z becomes
-    # the plain weight of a plain nn.Linear (torch reads it without gradients, so Gated.forward
-    # adds no noise).
+    # Steering brings k close to the goal. close_gap does the rest: it moves the scores nearest to
+    # the threshold just across it. z is about 0 on both sides, so W * z hardly changes. Then W * z
+    # becomes the plain weight of a plain nn.Linear (torch reads it without gradients, so
+    # Gated.forward adds no noise).
     goal = None
     if args.penalty is None:
         goal = args.sparsity

@@ -3,47 +3,51 @@
 Paper: Zhang, Sun and Liang 2024, arXiv 2411.00969. First author's code: MingxuanZhangPurdue/PTMGP
 at b3700cc02f, pruners/MWA.py, class MWA.
 
-Before training we assume that most weights are close to 0 and some are not. This assumption, a
-prior, is the sum of two normal densities: a thin spike at 0 and a wide slab. Training looks for the
-most probable weights, given the data and the prior. So a weight inside the spike is pulled to 0,
-and a larger one is hardly pulled. At intervals the smallest |w|, over all matrices together, are
-set to 0, more each time. The hope: the prior has sorted the weights by then, so little is lost.
+Before training we assume that most weights are close to 0 and some are not. We write this
+assumption, the prior, as a weighted sum of two normal densities centred on 0: a narrow spike and a
+wide slab. Training looks for the most probable weights, given the data and the prior. So a weight
+inside the spike is pulled strongly towards 0, and a larger one barely at all. At intervals the
+weights of smallest |w|, ranked over all matrices together, are set to 0, more of them each time.
+The hope: by then the prior has separated small weights from large ones, so little is lost.
 
     pi(w)    = lam p(w; s1) + (1 - lam) p(w; s0)      p(w; s): normal density at w, variance s
     g(w)     = (1 - lam) p(w; s0) / pi(w)             the spike's share of the density at w
     pull(w)  = -d log pi / dw = w (g / s0 + (1 - g) / s1)
-    gradient = dL/dw + pull(w) / n                    what AdamW gets; after the last zeroing dL/dw
+    gradient = dL/dw + pull(w) / n                    what AdamW gets, up to the last zeroing
     v        = v_f + (v_i - v_f) (1 - (t - t_i T) / (T - t_i T - t_f T))^3
 
-    w            one of the N weights that can be pruned. Each encoder layer has six matrices of
-                 them, (out, in) each; N counts those of all layers
+    w            one of the N prunable weights. They stand in the encoder: six matrices per layer,
+                 (out, in) each. N counts those of all layers
     lam          weight of the slab: 0.1 until t_i T, then linearly down to 1e-4 at T - t_f T;
                  --mix fixes it, and with --mix 1 the pull is plain L2
     s0, s1       variances of spike and slab: --spike and --slab
     L            the loss, a mean of n terms
     n            number of training examples (windows of text on SQuAD). If your loss is a mean over
                  tokens, as a language model's is, n is the number of tokens
-    v            fraction left by a zeroing after t of T steps: from v_i down to v_f, which is
+    v            fraction left by a zeroing after t of T steps: it falls from v_i to v_f, which is
                  --sparsity, the fraction KEPT. v_i is 0.7 (0.5 for SQuAD and QNLI under the paper
-                 preset), or v_f, if that is larger
+                 preset), or v_f if that is larger. t_i and t_f: fractions, as in magnitude.py
 
-Weights are zeroed after t_i T steps, then whenever --interval divides t, for the last time after
-T - t_f T steps. A zeroed weight is not masked: the next step moves it off 0 again, and it is zeroed
-again unless it has grown enough by the next zeroing. After the last zeroing the pull has ended, and
-each step restores the zeros. (With the paper's t_f of 0 the run ends there.)
+The first zeroing comes after t_i T steps, the last after T - t_f T steps. In between there is one
+whenever t is a multiple of --interval. A zeroed weight is not masked: the next step moves it off 0
+again, and the next zeroing removes it again unless it has grown enough by then. After the last
+zeroing the gradient is dL/dw alone, and each step restores the zeros. (With the paper's t_f of 0
+the run ends there.)
 
-Does the hope come true? Not that we could measure. The spike ends at |w| = 5e-5, and an ordinary
-step of AdamW on mini is 5e-4 long. A weight that lands inside gets one huge gradient. That makes
-AdamW's step about three times as long, and its momentum repeats it for some steps: the weight
-passes 0 and leaves the spike on the other side. On mini with 10 % kept, runs with the spike score
-five points less than runs with --mix 1; with 3 %, and on SST-2, the two do not clearly differ
-(results/why/README.md).
+Is the hope fulfilled? Not that we could measure. The spike ends at about |w| = 5e-5, but on mini an
+ordinary step of AdamW is up to ten times that, 5e-4. A weight that lands inside gets one huge
+gradient. That makes AdamW's step about three times as long, and momentum repeats it for some steps:
+the weight passes 0 and leaves the spike on the other side. Only at the end, when the learning rate
+and lam are small, does the spike hold weights. On mini's questions with 10 % kept, runs with the
+spike score five points lower than runs with --mix 1; with 3 %, and on the real SST-2, the two do
+not clearly differ (results/why/README.md).
 
-Unlike magnitude.py: zeros are written into the weights, all matrices are ranked together, any of
-them may lose all its weights, and no gradient is clipped. Unlike the author's code: exactly
+Unlike magnitude.py: zeros are written into the weights, all matrices are always ranked together, a
+matrix may lose all its weights, and no gradient is clipped. Unlike the author's code: exactly
 round(v N) weights remain, and fine-tuning freezes the embeddings, as in the other files. The
-author's scripts changed over time; ours follows those of Feb 2024. "Official" means the author's
-code; with masked_run_squad.py and binarizer.py it means movement pruning's (see magnitude.py).
+author's scripts changed over time; this file follows those of Feb 2024. In the comments, "Official"
+means the author's code, except where it names masked_run_squad.py or binarizer.py: these belong to
+movement pruning's code (see magnitude.py).
 
     python mgpp.py --task squad --sparsity 0.1
 
@@ -96,7 +100,7 @@ def schedule(step, steps, v_f, t_i, t_f):
 
 # Official: MWA.py, lines 189-206. There the first zeroing comes after t_i T + 1 steps.
 def fraction_left(step, steps, v_f, t_i, t_f, v_i):
-    """v, the fraction left by a zeroing when `step` steps are done: 1 before t_i, then v_i to v_f.
+    """v, the fraction left by a zeroing after `step` steps: 1 before t_i, then from v_i to v_f.
 
     If v_i is below v_f, each zeroing leaves v_f.
     """
@@ -108,9 +112,9 @@ def fraction_left(step, steps, v_f, t_i, t_f, v_i):
 
 # Official: MWA.py, lines 114-126.
 def mixing_weight(step, steps, t_i, t_f):
-    """lam, the weight of the slab, at this step: linearly from 0.1 at t_i to 1e-4 at 1 - t_f.
+    """lam, the weight of the slab: it falls linearly from 0.1 at t_i to 1e-4 at 1 - t_f.
 
-    Its ramp is at least one step long too.
+    Like schedule's cubic, this ramp is at least one step long.
     """
     done = (step - t_i * steps) / max(1.0, (1 - t_i - t_f) * steps)
     return 0.1 + (1e-4 - 0.1) * min(max(done, 0.0), 1.0)
@@ -120,17 +124,17 @@ def mixing_weight(step, steps, t_i, t_f):
 
 # Training minimises
 #     -log posterior = (sum of the losses of n examples) - (sum of log pi(w) over all w) + constant
-# L is the mean of these losses, so all is divided by n: the gradient is dL/dw + pull(w) / n. (With
-# a --teacher L is no longer -log of a likelihood; the pull is the same.)
+# L is the mean of these losses, so we divide everything by n: the gradient is dL/dw + pull(w) / n.
+# (With --teacher, L is no longer the -log of a likelihood; the pull stays the same.)
 #
-# The share of the spike, by Bayes' rule: g = (1 - lam) p(w; s0) / pi(w). Divide above and below by
-# the numerator: g = 1 / (1 + exp(c1 + c2 w^2)), with
+# The spike's share, by Bayes' rule, is g = (1 - lam) p(w; s0) / pi(w). Divide the numerator and the
+# denominator by the numerator: g = 1 / (1 + exp(c1 + c2 w^2)), with
 #     c1 = log(lam / (1 - lam)) + log(s0 / s1) / 2      c2 = 1 / (2 s0) - 1 / (2 s1)
-# Each density pulls with w over its own variance; the two are mixed in the shares g and 1 - g:
+# Alone, each density would pull with w / (its variance). Mix the two in the shares g and 1 - g:
 #     pull = w (g / s0 + (1 - g) / s1) = w (1 / s1 + g (1 / s0 - 1 / s1))
-# With s0 = 1e-10 and s1 = 0.05 the two terms of pi are equal at |w| = 4.9e-5 for lam = 0.1, and at
-# 6.2e-5 for lam = 1e-4. Well below, the pull is w / 1e-10, up to hundreds of thousands; from 1e-4
-# on it is w / 0.05.
+# The spike ends where the two terms of pi are equal. With s0 = 1e-10 and s1 = 0.05 that is at
+# |w| = 4.9e-5 for lam = 0.1, and at 6.2e-5 for lam = 1e-4. Well inside, the pull is w / 1e-10. Near
+# the edge it reaches hundreds of thousands. From 1e-4 on it is w / 0.05.
 # Official: MWA.py, lines 128-145.
 def prior_gradient(w, lam, s0, s1):
     """pull(w) = -d log pi / dw for the prior lam N(0, s1) + (1 - lam) N(0, s0), 0 < lam <= 1.
@@ -179,10 +183,10 @@ def top_v(scores, v):
     return stays.view_as(scores)
 
 
-# Official: MWA.py, lines 147-169. There all weights as large as the smallest kept one stay.
+# Official: MWA.py, lines 147-169. There every weight that ties with the smallest kept one stays.
 @torch.no_grad()
 def zero_smallest(weights, v):
-    """Set the smallest |w| of all matrices together to 0: round(v N) of all N remain, 1 at least.
+    """Zero the weights of smallest |w|, over all matrices: round(v N) of N remain, at least one.
 
     weights: one tensor (out, in) per matrix, changed in place. A matrix may lose all its weights.
     """
@@ -198,8 +202,8 @@ def zero_smallest(weights, v):
 # t_f are fractions of all steps: lr rises during warmup, the first zeroing comes after t_i, and
 # the last one t_f before the end. lr_end: the fraction of lr that is left after the last step.
 # v_i: fraction kept at the first zeroing. spike, slab: variances. interval: steps between
-# zeroings. length: tokens of a text. clip: nothing is clipped. adam: its betas and eps; on mini
-# and squad torch's, as in the other five.
+# zeroings. length: the most tokens in one input. clip: so high that nothing is clipped. adam:
+# AdamW's betas and eps; on mini and for squad torch's defaults, as in the other five files.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
@@ -437,7 +441,7 @@ def main(args):
         # The slots set v, the fraction to keep at this step (None: no goal); penalty, added to the
         # loss; and, outside the loop, goal, the fraction to keep in the end (None: no goal).
         # <method: before forward>
-        # Decided here, for the slots below; the zeroing itself comes after the step.
+        # Only decided here, for the slots below; the zeroing comes after the optimizer's step.
         t = step + 1                                        # steps done by then
         pulls = t <= end                                    # up to the last zeroing
         due = t in (begin, end) or (begin < t < end and t % args.interval == 0)
@@ -457,10 +461,11 @@ def main(args):
         (loss + penalty).backward()
 
         # <method: gradient>
-        # The pull joins dL/dW before the optimizer: it enters AdamW's moments with the loss's
-        # gradient, and is not decoupled as weight decay is. As a term of the loss it would be the
-        # same. The pull ends with the last zeroing. Nothing is clipped (clip is 1e30): the pull is
-        # large, and clipping would shrink the loss's gradient together with it.
+        # The pull joins dL/dW before the optimizer, so it enters AdamW's moments together with the
+        # loss's gradient. AdamW's weight decay does not: it is decoupled. Adding
+        # -(sum of log pi(w)) / n to the loss would have the same effect. The pull ends with the
+        # last zeroing. Nothing is clipped (clip is 1e30): the pull is large, and clipping would
+        # shrink the loss's gradient together with it.
         if pulls:
             lam = args.mix or mixing_weight(step, args.steps, args.t_i, args.t_f)
             for w in weights:
@@ -474,9 +479,9 @@ def main(args):
         optimizer.step()
 
         # <method: after step>
-        # After AdamW's step, so that the zeros are what the next forward pass sees. AdamW's moments
-        # are kept, and move a zeroed weight at its next step. After the last zeroing this is
-        # undone.
+        # After AdamW's step, so that the next forward pass sees the zeros. AdamW's moments are not
+        # reset, so its next step moves a zeroed weight off 0 again. After the last zeroing, each
+        # such move is undone at once.
         if due:
             zero_smallest(weights, v)
         if not pulls:
@@ -504,8 +509,8 @@ def main(args):
             os.replace(out / "checkpoint.part", checkpoint)
 
     # <method: bake>
-    # The zeros are in the weights already. But where T - t_f T was rounded down, v had not quite
-    # reached v_f at the last zeroing, and left a few weights too many: they go now.
+    # The zeros are in the weights already. But if T - t_f T was rounded down, v had not quite
+    # reached v_f at the last zeroing, which left a few weights too many: they go now.
     goal = args.sparsity
     zero_smallest(weights, goal)
     # </method>

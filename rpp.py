@@ -1,50 +1,52 @@
 """Reweighted proximal pruning (RPP) of BERT, in pre-training: a reconstruction.
 
-Paper: Guo, Liu, Mungall, Lin and Wang 2019, arXiv 1909.12486. No code of it is public, and its full
-text was not available to us. We had its abstract, the survey of Ganesh et al., code of the same lab
-(LinLabNEU/reweighted_prune4 at 3db6f142b6), and what one of us remembered of the text: that is
-marked "from memory". The other constants are ours.
+Paper: Guo, Liu, Mungall, Lin and Wang 2019, arXiv 1909.12486. Its code is not public, and its full
+text was not available to us. We had its abstract, the survey of Ganesh et al., code from the same
+lab (LinLabNEU/reweighted_prune4 at 3db6f142b6), and what one of us remembered of the text, which we
+mark "from memory". The other constants of pre-training are ours.
 
-Go on with BERT's pre-training for a while. All weights are trained, the embeddings too; meanwhile
-the encoder's matrices are pruned. The pruned BERT is called the support, and stands in
-out/support. Every task then starts from it: pruned once, on text that has no labels, for all tasks.
+Continue BERT's pre-training for a while: guess hidden words (MLM), and tell whether text B follows
+text A (NSP). All weights are trained, the embeddings too; meanwhile the encoder's matrices are
+pruned. The pruned BERT is called the support, and is saved in the run's folder, as support/. Every
+task then starts from it: BERT is pruned once for all tasks, on text without labels.
 
     minimise  f0(w) + gamma sum_i alpha_i |w_i|           f0: BERT's pre-training loss, MLM + NSP
 
-A step has two halves. Adam lowers f0 and knows nothing of pruning: w becomes a. Then each prunable
-weight is pulled towards 0, those that stay too, and one that would cross 0 becomes 0: the proximal
-step.
+A step has two halves. In the first, Adam lowers f0 and knows nothing of pruning: w becomes a. In
+the second, the proximal step, each prunable weight is pulled towards 0, even if it is kept, and a
+weight that would cross 0 becomes 0:
 
     w_i = sign(a_i) max(|a_i| - lr gamma alpha_i, 0)
 
-Reweighted: pruning is cut into rounds. In the first one each alpha_i is 1. When round k ends,
-alpha_i = 1 / (|w_i|^p + eps). From then on small weights are pulled harder than large ones.
+Why "reweighted"? Pruning is divided into rounds. In the first, each alpha_i is 1. When round k
+ends, alpha_i becomes 1 / (|w_i|^p + eps): from then on small weights are pulled harder than large
+ones.
 
     w            the N weights in the six matrices of each encoder layer, all layers together
     lr           pre-training's learning rate at this step
     gamma        how hard all weights are pulled. It is chosen at each step so that the fraction v
-                 remains (lr gamma then does not depend on lr). --gamma G fixes it instead, as the
-                 paper does
-    v            fraction kept: s + (1 - s) (1 - progress)^3. progress goes from 0 to 1 while rounds
-                 last; s is --sparsity, the fraction KEPT
-    p            min(k, 5); with --gamma 1
+                 remains. (Only lr gamma matters, so lr then has no effect on the pull.) --gamma G
+                 fixes it instead, as the paper does, and v is not used
+    v            fraction kept: s + (1 - s) (1 - progress)^3. progress goes from 0 to 1 over the
+                 rounds; s is --sparsity, the fraction KEPT
+    p            min(k, 5), but 1 if --gamma is given
     eps          1e-9
-    recover      the last fraction of pre-training, after the rounds: nothing more is pruned
+    recover      0.3: the fraction of pre-training after the rounds, where nothing more is pruned
 
-After the rounds, and in fine-tuning, zeros stay. Most of this file is BERT's pre-training. The
-method is four short functions: prox, reweight, solve_gamma, proximal_step. --nip, the paper's
-baseline, prunes by magnitude in stairs, and its zeros stay from the first stair on. --sparsity 1
-is the control, which reads the text and prunes nothing. The seconds of the last line do not count
-pre-training.
+After the rounds, and in fine-tuning, zeros stay 0. Most of this file is BERT's pre-training. The
+method is four short functions: prox, reweight, solve_gamma, proximal_step. --nip runs the paper's
+baseline instead: magnitude pruning in equal cuts ("stairs"), where a pruned weight stays 0.
+--sparsity 1 is the control: it trains on the text and prunes nothing. The seconds in the last line
+do not include pre-training.
 
     python rpp.py --task squad --sparsity 0.4
-    python rpp.py --task mnli --sparsity 0.4 --support out/rpp-squad-0.4-s0      another task
+    python rpp.py --task mnli --sparsity 0.4 --support out/rpp-squad-0.4-s0    # another task
 
-Where there is a GPU, add --corpus FILE or --preset mini. Without one this runs on mini/'s made-up
-data, and the first command's last line begins:
+With CUDA the default preset is paper, which has no corpus: add --corpus FILE or --preset mini.
+Without CUDA, this runs on the made-up data in mini/, and the first command's last line begins:
 
     RESULT rpp squad keeps 40.00% (prunes 60.00%) EM 81.8 F1 82.3 | 1000 steps ..
-    (with --pretrain_steps 4000 F1 98.3)
+    (with --pretrain_steps 4000 F1 98.5)
 """
 import argparse
 import json
@@ -76,8 +78,8 @@ import common
 def largest_to_go(x, v):
     """The largest element to remove so that round(v n) of n are left (one, if round(v n) is 0).
 
-    x: (n,), none below 0. Returns a float; 0.0 where none has to go. The caller removes all that
-    are not above it: where elements are equal, a few more than wanted.
+    x: (n,), nothing negative. Returns a float; 0.0 if nothing has to go. The caller removes every
+    element up to this value, so ties can cost a few more than wanted.
     """
     n_go = len(x) - max(1, round(v * len(x)))
     if n_go == 0:
@@ -90,12 +92,12 @@ def largest_to_go(x, v):
 
 
 # Why not add gamma sum_i alpha_i |w_i| to the loss? Its gradient would go through Adam, which
-# divides each weight's gradient by its own recent size, and this term would be part of both: where
-# it dominates, a larger gamma hardly changes the step. And such steps hardly ever end at exactly
-# 0. So Adam minimises f0 alone, and the other term is minimised exactly, near the point a that
-# Adam has reached:
+# divides each gradient by that gradient's recent size. Where this term dominates, gamma scales both
+# the gradient and that size, and cancels: a larger gamma hardly changes the step. And such steps
+# hardly ever end at exactly 0. So Adam minimises f0 alone. Then the other term is minimised
+# exactly, but close to the point a that Adam has reached:
 #     w = argmin_x (x - a)^2 / 2 + threshold |x|,  threshold = lr gamma alpha
-# (Adam's real step length differs from weight to weight. To weigh the two terms by lr alone is a
+# (Adam's real step length differs from weight to weight. Using the same lr in every threshold is a
 # choice.)
 # For x > 0 the slope is x - a + threshold, which is 0 at x = a - threshold, if that is above 0.
 # For x < 0 it is 0 at a + threshold, if that is below 0. Where |a| <= threshold there is neither:
@@ -105,26 +107,31 @@ def prox(a, threshold):
     return a - a.clamp(-threshold, threshold)
 
 
-# Right after a reweighting with p = 1 each weight that is not 0 adds |w| / |w| = 1 to
-# sum_i alpha_i |w_i|: the sum is their number. A larger p pulls small weights harder still. Can a
-# zero come back? Adam moves zeros too. Within a round a new zero keeps the alpha that it had, so a
-# later pull may leave it off 0. When the round ends, its alpha becomes 1 / eps. With p = 1 no
-# other weight is held nearly as hard, so it stays at 0. With p = 5 all weights well below 0.016
-# have about this alpha (|w|^5 < eps): among them only |a| decides, and a zero can come back as
-# long as rounds last. The paper writes |w|^(t), from memory. If (t) is the number of an iterate,
-# as in the lab's other code, then p = 1. If it is a power, then p is the round's number. The first
-# is likelier, but the second scores better on mini with 10 % kept (results/why/README.md), so it
-# is the default here. --gamma is the paper's way, so it takes the likelier p = 1.
+# Why divide by |w|? Right after a reweighting with p = 1, each nonzero weight adds about
+# |w| / |w| = 1 to sum_i alpha_i |w_i|: the sum counts them. A larger p pulls small weights harder
+# still.
+#
+# Can a zero come back? Adam moves zeros too. Until the round ends, a new zero keeps its old alpha,
+# so later pulls may be too weak to return it to 0. When the round ends, its alpha becomes 1 / eps.
+# With p = 1 no other weight is pulled nearly as hard, so it stays at 0. With p = 5 all weights well
+# below 0.016 have about this alpha (|w|^5 < eps): among them only |a| decides, and a zero can come
+# back until the rounds are over.
+#
+# Why p = k? From memory, the paper writes |w|^(t). If (t) is the number of an iterate, as in the
+# lab's other code, then p = 1. If it is a power, then p is the round's number. The first reading is
+# likelier, but the second scores better on mini's questions with 10 % kept
+# (results/why/README.md), so it is the default here, up to 5. --gamma runs the paper's version, so
+# it takes the likelier p = 1.
 def reweight(w, p, eps):
     """alpha = 1 / (|w|^p + eps), of w's shape."""
     return 1 / (w.abs() ** p + eps)
 
 
 def solve_gamma(weights, alphas, v, lr):
-    """The gamma at which the proximal step leaves round(v N) of all N weights.
+    """The gamma, a float, at which the proximal step leaves round(v N) of all N weights.
 
-    A float. A weight goes where |a| <= lr gamma alpha, so where |a| / alpha <= lr gamma. Rounding
-    can shift the count by one or two; of equal quotients all go. weights, alphas: (out, in) each.
+    A weight becomes 0 if |a| <= lr gamma alpha, that is, if |a| / alpha <= lr gamma. Rounding can
+    shift the count by one or two; equal quotients go together. weights, alphas: (out, in) each.
     """
     quotients = [(a.abs() / alpha).flatten() for a, alpha in zip(weights, alphas)]
     return largest_to_go(torch.cat(quotients), v) / lr
@@ -134,8 +141,9 @@ def solve_gamma(weights, alphas, v, lr):
 def proximal_step(weights, alphas, v, lr, gamma=None, p=None, eps=1e-9):
     """The second half of a step, after Adam's. Changes weights and alphas in place; returns gamma.
 
-    weights, alphas: one tensor (out, in) per matrix. lr must not be 0. gamma None: solved for, so
-    that the fraction v remains. p: None, or, where a round ends, the exponent of the new alphas.
+    weights, alphas: one tensor (out, in) per matrix. lr must not be 0. gamma: if None, it is solved
+    for, so that the fraction v remains. p: the exponent of the new alphas if a round ends with this
+    step, else None.
     """
     if gamma is None:
         gamma = solve_gamma(weights, alphas, v, lr)
@@ -150,7 +158,7 @@ def proximal_step(weights, alphas, v, lr, gamma=None, p=None, eps=1e-9):
 # MLM: guess 15 % of the words. NSP: does text B follow text A?
 
 def read_corpus(path, tokenizer):
-    """[document = [line = [token id]]]: a blank line lies between two documents of the file."""
+    """Documents, split at blank lines. Each is a list of lines, and a line a list of token ids."""
     documents = []
     for text in re.split(r"\n\s*\n", common.read_text(path).strip()):
         lines = [line.strip() for line in text.split("\n") if line.strip()]
@@ -167,8 +175,8 @@ def read_corpus(path, tokenizer):
 def draw_pair(documents, length, rng):
     """(token ids of text A, those of text B, 1 if B is from another document, else 0).
 
-    A: some lines of a document. B: the lines after A; half of the time, and where A reaches the
-    document's end, lines of another document. Both are cut to length - 3 tokens together.
+    A: some lines of a document. B: the lines after A; half of the time, and always if the document
+    has only one line, lines of another document. Together they are cut to length - 3 tokens.
     """
     home = int(rng.integers(len(documents)))
     document = documents[home]
@@ -191,9 +199,9 @@ def draw_pair(documents, length, rng):
 def mlm_nsp_batch(documents, tokenizer, words, batch_size, length, rng):
     """A batch for MLM and NSP, with the keys of BertForPreTraining; rng: a numpy Generator.
 
-    15 % of the tokens are to be predicted: of these 80 % become [MASK], 10 % one of words (the
-    vocabulary without special tokens), and 10 % stay. labels: (batch, tokens), -100 where nothing
-    is asked. next_sentence_label: (batch,).
+    15 % of the tokens are to be predicted: of these 80 % become [MASK], 10 % a random one of
+    `words` (the vocabulary without special tokens), and 10 % stay. labels: (batch, tokens), -100
+    where nothing is to be predicted. next_sentence_label: (batch,), as in draw_pair.
     """
     cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
     rows = []
@@ -224,7 +232,7 @@ class PreTraining(nn.Module):
         self.model = model                                  # a BertForPreTraining
 
     def forward(self, labels, next_sentence_label, **batch):
-        """(MLM + NSP loss, which of the words asked for are right, which of the pairs)."""
+        """(MLM + NSP loss, which asked words are right (asked,), which pairs are (batch,))."""
         hidden, pooled = self.model.bert(**batch, return_dict=False)[:2]
         asked = torch.nonzero(labels >= 0, as_tuple=True)                   # rows and columns
         words = self.model.cls.predictions(hidden[asked])                   # (asked, vocabulary)
@@ -258,7 +266,7 @@ def accuracy(net, batches, device):
 # --steps in pre-training. "*" holds for all tasks; a task's own values override it. warmup: the
 # fraction of all steps in which lr rises. lr_end: the fraction of lr that is left after the last
 # step. recover: the last fraction of pre-training, after the rounds. p: the highest exponent.
-# length: tokens of a text. clip: the norm to which all gradients together are clipped.
+# length: the most tokens in one input. clip: the norm to which all gradients together are clipped.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
@@ -476,7 +484,7 @@ def main(args):
     # <method: setup>
     if pretrains and not support_done:
         documents = read_corpus(Path(args.corpus), tokenizer)
-        # each 20th document is held out; of fewer than 40, two or three
+        # every 20th document is held out; of fewer than 40, two or three
         every = min(20, len(documents) // 2)
         held_out = documents[::every]
         documents = [text for i, text in enumerate(documents) if i % every]
@@ -484,7 +492,7 @@ def main(args):
     lacking = []
     if args.support:
         folder = Path(args.support)
-        if (folder / "support").exists():                   # a run's, as before fine-tuning
+        if (folder / "support").exists():                   # a run's folder: take its support
             folder = folder / "support"
         try:
             found, info = BertForPreTraining.from_pretrained(folder, output_loading_info=True)
@@ -621,9 +629,9 @@ def main(args):
             unfinished.unlink(missing_ok=True)
         del net, optimizer, alphas, saved, weights, documents, held_batches     # room for the task
 
-    # ---- fine-tuning on the support: encoder, embeddings and pooler, not the heads
+    # ---- fine-tuning starts from the support's encoder, embeddings and pooler, not its heads
     parts = found.state_dict()
-    for key in lacking:                                     # of these the model keeps its own
+    for key in lacking:                                     # not in --support: the model's stay
         parts.pop(key)
     model.load_state_dict(parts, strict=False)
     del found, parts
@@ -679,8 +687,9 @@ def main(args):
 
         # <method: gradient>
         # Before the optimizer: a weight whose gradients were all 0 has moments of 0, and AdamW
-        # leaves it at 0. Before clipping, so that gradients of zeros do not count in the norm. (In
-        # pre-training Adam has moments from before; there zeros are restored after each step.)
+        # leaves it at 0. Before clipping, so that pruned weights do not count in the norm. (In
+        # pre-training a weight has moments from before it was pruned, so there we restore the zeros
+        # after each step.)
         for layer, stays in zip(layers.values(), remains):
             layer.weight.grad.mul_(stays)
         # </method>

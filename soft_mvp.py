@@ -6,30 +6,31 @@ names for this method are "sigmoied_threshold" (sic; the mask) and "l1" (the pen
 
 Read mvp.py first: each weight has a score, which rises while fine-tuning pushes that weight away
 from 0. This file ranks the scores of all matrices together (mvp.py's --scope global is the default
-here), so each matrix finds its own density. And it adds to the loss a penalty on the scores, which
-presses all of them down. What a penalty changes is explained at sigmoid_penalty.
+here), so the fraction kept may differ between matrices. It also adds to the loss a penalty that
+pushes all scores down. The comment above sigmoid_penalty explains what such a push can change.
 
     M  = 1 for round(v N) of all N scores, else 0: first the best 0.5 % of each matrix (or v, if
          that is smaller), then the highest of all others
     W' = W * M              the matrix of the forward pass
-    minimise  L + lambda R(S)         R: the mean over the K matrices of each one's mean sigmoid(S)
+    minimise  L + lambda R(S)         R: sigmoid(S) averaged in each matrix, then over K matrices
     gradient of W:  dL/dW' * M
     gradient of S:  dL/dW' * W + p    straight through the mask, as in mvp.py, plus the penalty's
                                       part, p = lambda sigmoid'(S) / (K n)
 
-    W, S, v, L   as in mvp.py: v falls from 1 to v_f, which --sparsity sets, the fraction KEPT
+    W, S, v, L   as in mvp.py. v falls from 1 to v_f, the fraction KEPT in the end (--sparsity)
     K            number of matrices (72 in BERT-base); n: weights in the matrix of S; N: in all
-    r            the ramp, how far v has come: v = 1 - (1 - v_f) r. 0 before pruning, 1 after it
-    lambda       lambda_f r; lambda_f is 1000, in the presets
+    r            how far v has come: 0 before pruning, 1 after it. v = 1 - (1 - v_f) r (`ramp`)
+    lambda       lambda_f r, so it grows as v falls; lambda_f is 1000 in both presets
 
-Unlike the official code, you choose the fraction kept. The official code fixes a threshold tau, and
-keeps the weights with sigmoid(S) > tau, however many they are (hence "soft"), and the least
-shares. `--penalty LAMBDA` runs this: tau = 0.1 r, lambda = LAMBDA r, and neither --sparsity nor
---scope decides what is kept. (In the paper's own runs on SQuAD a LAMBDA of 500 kept 13.9 %, and
-1400 kept 2.6 %.) Given the same scores, some tau yields our mask, but for ties and the least
-shares.
+Here you choose the fraction kept. The official code instead keeps every weight whose sigmoid(S) is
+above a threshold tau, however many these are (hence "soft"), but never less than 0.5 % of each
+matrix. `--penalty LAMBDA` runs that version: tau = 0.1 r, lambda = LAMBDA r, and neither
+--sparsity nor --scope decides what is kept. (In the paper's own runs on SQuAD, without a teacher, a
+LAMBDA of 500 kept 13.9 %, and 1400 kept 2.6 %.) For the same scores, some tau yields the mask of
+--scope global, except for ties and the best 0.5 % of each matrix.
 
-The text of the paper differs from its code: M = (S > tau), tau and lambda constant, R a sum.
+The paper's text differs from its code: there M = (S > tau), tau and lambda are constant, and R is
+a sum.
 
     python soft_mvp.py --task squad --sparsity 0.03
 
@@ -150,13 +151,13 @@ def update_masks(masked, scores, v, scope="local"):
 TAU_F = 0.1                                             # tau in the end, under --penalty
 
 
-# Official: binarizer.py, lines 24-66. Nothing is cut before a score falls below logit(tau), which
-# is -2.2 for tau = 0.1. Here v plays no part: the least share is always int(0.005 n) + 1.
+# Official: binarizer.py, lines 24-66. A weight can be cut only while its score is below logit(tau),
+# which ends at -2.2 (tau = 0.1). Here v plays no part: the least share is always int(0.005 n) + 1.
 @torch.no_grad()
 def update_masks_open(masked, scores, tau):
     """Write the masks of --penalty: M = (sigmoid(S) > tau), and the best 0.5 % of each matrix.
 
-    scores: one tensor (out, in) per matrix. How many weights stay is not known before.
+    scores: one tensor (out, in) per matrix. How many weights stay is not known in advance.
     """
     for m, s in zip(masked, scores):
         m.mask.copy_((torch.sigmoid(s) > tau) | top_v(s, least_share(s.numel())))
@@ -164,8 +165,9 @@ def update_masks_open(masked, scores, tau):
 
 # ---- how scores learn through a mask
 
-# The derivation stands in mvp.py. The official backward pass takes 1 for the slope of the whole
-# way from S to M, sigmoid included (binarizer.py, lines 24-66). So one class serves both masks.
+# The derivation is in mvp.py. For M = (sigmoid(S) > tau) too, the official backward pass takes 1
+# for the slope of M in S: the sigmoid is left out (binarizer.py, lines 24-66). So one class serves
+# both masks, ours and that of --penalty.
 class StraightThrough(torch.autograd.Function):
     """W' = W * M, with a backward pass that takes 1 for the slope of M in S."""
 
@@ -194,35 +196,38 @@ class Masked(nn.Module):
 
 # ---- the penalty
 
-# If the fraction kept is given, what can a penalty change? Within one matrix, while scores are
-# near 0, p is about the same for all. Plain gradient descent would lower them all alike and change
-# no order there. (Later, the lower a score, the smaller its p.)
+# If the schedule decides how many weights stay, what can a penalty change? While the scores are
+# near 0, p is about the same for all scores of a matrix. In plain gradient descent p would lower
+# them all alike and leave their order as it is. (Later, p is smaller for scores farther from 0.)
 #
 # Our reading is that Adam makes the difference. It moves a score by about -lr * mean / size, where
 # mean is the running mean of its gradients, and size their running root mean square. Without a
-# penalty Adam cannot tell large gradients from small ones: ten times larger in every step, they
-# move the score just as far. The penalty gives it something to compare with. For one score over
-# recent steps let m be the mean of its loss gradient dL/dW' * W, and g the root mean square of that
-# gradient; neither contains p. |m| is far below g, because the sign changes from batch to batch:
+# penalty the scale of the gradients cancels: if all gradients of a score were ten times larger, it
+# would move just as far. With a penalty the scale counts, because p is the same for large and for
+# small loss gradients. For one score over recent steps, let m be the mean of the loss gradient
+# dL/dW' * W, and g its root mean square; neither contains p. The sign of this gradient changes from
+# batch to batch, so |m| is far below g. What matters then is how g compares with p:
 #     g far below p    mean / size is about 1:            the score sinks as fast as it can
 #     g far above p    mean / size is about (m + p) / g:  the score hardly moves
-# On one batch, to remove a kept W changes the loss by about -dL/dW' * W, and g is the usual size of
-# this change. So weights that the loss hardly feels sink first. Direction still counts: where |m|
-# is larger than p, the sign of m decides, as in mvp.py.
+# Removing a kept W changes the loss of one batch by about -dL/dW' * W, and g is the usual size of
+# this change. So the scores of weights that hardly matter to the loss sink first. Direction still
+# counts: where |m| is larger than p, the sign of m decides, as in mvp.py.
 #
-# Measured on SST-2, in one run: the rank correlation of S with g climbs from 0.02 to 0.85 while
-# the fraction kept falls from 97 to 60 %. In a run without the penalty it stays at 0.02, and that
-# run falls to chance. Not shown: that the correlation is what saves a run (results/why/README.md).
+# Measured on SST-2, in one run: the rank correlation of S with g (here over all steps so far)
+# climbs from 0.02 to 0.85 while the fraction kept falls from 97 to 60 %. In a run without the
+# penalty it stays at 0.02, and that run falls to chance. We have not shown that the correlation is
+# what saves a run (results/why/README.md).
 #
-# The mean is taken in each matrix first. BERT's feed-forward matrices have four times the weights
-# of its attention matrices, so p is a quarter there. Under one ranking they keep more (SST-2, one
-# run, 10 % in all: 14 % of feed-forward, 2 % of attention), and this is one likely reason.
+# R takes the mean within each matrix first. A feed-forward matrix of BERT has four times as many
+# weights as an attention matrix, so its p is a quarter as large. Ranked together, the feed-forward
+# matrices keep more (SST-2, one run, 10 % in all: 14 % of feed-forward, 2 % of attention), and this
+# is one likely reason.
 # Official: masked_run_squad.py, lines 95-106 and 323-324.
 def sigmoid_penalty(scores):
-    """R(S): the mean over matrices of the mean of sigmoid(S) in the matrix; 0.5 at the start.
+    """R(S): sigmoid(S) averaged in each matrix, then over the matrices; 0.5 at the start.
 
-    scores: one tensor (out, in) per matrix. The lambda before it is large because R is a mean: with
-    lambda 1000 one score of BERT-base feels at most 6e-6 in attention, 1.5e-6 in feed-forward.
+    scores: one tensor (out, in) per matrix. lambda is large because R is a mean: even with lambda
+    1000 the p of one score in BERT-base is at most 6e-6 in attention, 1.5e-6 in feed-forward.
     """
     return torch.stack([torch.sigmoid(s).mean() for s in scores]).mean()
 # </method>
@@ -233,8 +238,8 @@ def sigmoid_penalty(scores):
 # override it. warmup, t_i and t_f are fractions of all steps: lr rises during warmup, pruning
 # begins after t_i and ends t_f before the end. lr_end: the fraction of lr left after the last step.
 # length: the most tokens in one input. clip: the norm to which all gradients together are clipped.
-# score_lr: peak learning rate of the scores. lambda_f: ours, the same for every goal; the paper
-# keeps 7.1 % on SQuAD with 800, and 4.0 % with 1100.
+# score_lr: peak learning rate of the scores. lambda_f: our own value, the same for every goal. (In
+# the paper's runs on SQuAD, without a teacher, 800 kept 7.1 %, and 1100 kept 4.0 %.)
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
@@ -431,8 +436,8 @@ def main(args):
     for layer, m in zip(layers.values(), masked):
         parametrize.register_parametrization(layer, "weight", m)
     scores = [m.scores for m in masked]                 # S: (out, in) each
-    # In mvp.py only the order of scores counts. Here the penalty's part p depends on S itself, and
-    # so does the mask of --penalty: --score_lr matters. No weight decay, as in mvp.py.
+    # In mvp.py only the order of the scores counts, so --score_lr does not matter. Here it does: p
+    # and the mask of --penalty depend on S itself. No weight decay, as in mvp.py.
     groups.append({"params": scores,
                    "lr": args.score_lr, "initial_lr": args.score_lr, "weight_decay": 0.0})
     # </method>
@@ -492,7 +497,7 @@ def main(args):
             loss = task_loss(net, batch, teacher)
 
         # <method: penalty>
-        # If you accumulate gradients over micro-batches, add it once per optimizer step.
+        # If you accumulate gradients, add the penalty once per step, not once per micro-batch.
         lam = args.lambda_f if args.penalty is None else args.penalty
         penalty = lam * ramp * sigmoid_penalty(scores)
         # </method>

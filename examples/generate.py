@@ -80,7 +80,7 @@ def schedule(step, steps, v_f, t_i, t_f):
 
 
 def fraction_left(step, steps, v_f, t_i, t_f, v_i):
-    """v, the fraction left by a zeroing when `step` steps are done: 1 before t_i, then v_i to v_f.
+    """v, the fraction left by a zeroing after `step` steps: 1 before t_i, then from v_i to v_f.
 
     If v_i is below v_f, each zeroing leaves v_f.
     """
@@ -91,9 +91,9 @@ def fraction_left(step, steps, v_f, t_i, t_f, v_i):
 
 
 def mixing_weight(step, steps, t_i, t_f):
-    """lam, the weight of the slab, at this step: linearly from 0.1 at t_i to 1e-4 at 1 - t_f.
+    """lam, the weight of the slab: it falls linearly from 0.1 at t_i to 1e-4 at 1 - t_f.
 
-    Its ramp is at least one step long too.
+    Like schedule's cubic, this ramp is at least one step long.
     """
     done = (step - t_i * steps) / max(1.0, (1 - t_i - t_f) * steps)
     return 0.1 + (1e-4 - 0.1) * min(max(done, 0.0), 1.0)
@@ -144,7 +144,7 @@ def top_v(scores, v):
 
 @torch.no_grad()
 def zero_smallest(weights, v):
-    """Set the smallest |w| of all matrices together to 0: round(v N) of all N remain, 1 at least.
+    """Zero the weights of smallest |w|, over all matrices: round(v N) of N remain, at least one.
 
     weights: one tensor (out, in) per matrix, changed in place. A matrix may lose all its weights.
     """
@@ -213,10 +213,10 @@ class Masked(nn.Module):
 
 
 def sigmoid_penalty(scores):
-    """R(S): the mean over matrices of the mean of sigmoid(S) in the matrix; 0.5 at the start.
+    """R(S): sigmoid(S) averaged in each matrix, then over the matrices; 0.5 at the start.
 
-    scores: one tensor (out, in) per matrix. The lambda before it is large because R is a mean: with
-    lambda 1000 one score of BERT-base feels at most 6e-6 in attention, 1.5e-6 in feed-forward.
+    scores: one tensor (out, in) per matrix. lambda is large because R is a mean: even with lambda
+    1000 the p of one score in BERT-base is at most 6e-6 in attention, 1.5e-6 in feed-forward.
     """
     return torch.stack([torch.sigmoid(s).mean() for s in scores]).mean()
 
@@ -419,7 +419,7 @@ def main(args):
         penalty = 0.0
         if args.method == "soft_mvp":
             # ---- copied from soft_mvp.py: <method: penalty>
-            # If you accumulate gradients over micro-batches, add it once per optimizer step.
+            # If you accumulate gradients, add the penalty once per step, not once per micro-batch.
             lam = args.lambda_f
             penalty = lam * ramp * sigmoid_penalty(scores)
 
