@@ -87,8 +87,8 @@ def download(task, data):
         return
     if task in ("mrpc", "tsv"):
         raise SystemExit(f"{missing[0]} is absent, and {task} has no such file to download: put "
-                         "yours there (MRPC's: GLUE's own script makes it of Microsoft's corpus)")
-    if len(missing) < len(paths):               # a user's own: official ones would not belong to it
+                         "yours there (GLUE's own script makes MRPC's from Microsoft's corpus)")
+    if len(missing) < len(paths):               # the user's own data: official files would not fit
         raise SystemExit(f"{missing[0]} is absent, but its folder holds a file of the same task: "
                          "put it there, or empty the folder and the whole task is downloaded")
     if task == "squad":
@@ -207,7 +207,7 @@ def text_features(rows, tokenizer, length):
 
 
 def whole_spans(spans, text):
-    """{span: the same with the characters around it that the tokenizer drops, as accents}.
+    """{span: that span with the characters around it that the tokenizer drops, such as accents}.
 
     spans: the (begin, end) of all tokens of the text, in order. A dropped character belongs to the
     token before it; where white space lies between these two, to the token after it.
@@ -227,11 +227,11 @@ def whole_spans(spans, text):
 
 
 def squad_features(rows, tokenizer, length):
-    """[CLS] question [SEP] part of the context [SEP]: windows, 128 tokens apart or half a window.
+    """[CLS] question [SEP] part of the context [SEP], for each window of the context.
 
-    As in BERT's own code, the question has at most 64 tokens, and a window that lacks part of the
-    first answer points at [CLS], token 0. A feature also keeps the number of its row, and spans:
-    for each token its (begin, end) in the context's text, None outside the context.
+    Windows start 128 tokens apart, or half a window if less. As in BERT's own code, a question has
+    at most 64 tokens, and a window without the whole first answer points at [CLS], token 0. Also
+    kept: the row's number, and spans, each token's (begin, end) in the context (outside it, None).
     """
     if not tokenizer.is_fast:
         raise SystemExit("questions need each token's offsets in the text, and --model's "
@@ -330,7 +330,7 @@ def em_f1(answer, golds):
 
 
 def squad_metrics(rows, features, spans):
-    """EM and F1 over all questions: the best-scoring span of all its windows answers."""
+    """EM and F1 over all questions. A question's answer is the best span of all its windows."""
     best = {}
     for feature, span in zip(features, spans):
         best[feature["row"]] = max(span, best.get(feature["row"], span))
@@ -436,8 +436,8 @@ class Data:
     def batches(self, step, batch_size, seed):
         """The training features of this step, the next step, and so on, without end.
 
-        An epoch is shuffled, then sorted by length in stretches of 50 batches, for less padding.
-        Each batch depends on (seed, step) alone.
+        An epoch is shuffled, and each stretch of 50 batches is sorted by length, for less padding.
+        Then the batches are shuffled. Each depends on (seed, step) alone.
         """
         an_epoch = max(1, len(self.train) // batch_size)
         lengths = np.array([len(feature["input_ids"]) for feature in self.train])
@@ -482,7 +482,7 @@ class Data:
 
     @torch.no_grad()
     def evaluate(self, model):
-        """(the task's metrics on its dev files, whether the model answers all of one alike)."""
+        """(the task's metrics on its dev files, whether all answers to one file are alike)."""
         model.eval()
         metrics = {}
         collapsed = False
@@ -526,7 +526,7 @@ def load_tokenizer(name):
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:                  # each of its libraries raises its own
         raise SystemExit(f"{name} cannot be loaded ({first_line(error)}): give "
-                         "the folder of a BERT, or use --preset mini without a network") from None
+                         "the folder of a BERT, or, without a network, --preset mini") from None
     if config.model_type != "bert" or not 10 < len(tokenizer) <= config.vocab_size:
         raise SystemExit(f"{name} is a {config.model_type} model with a tokenizer of "
                          f"{len(tokenizer)} words: give a BERT with its own tokenizer")
@@ -554,7 +554,7 @@ def order_head(model, folder, classes):
     """Put the rows of the folder's head, (classes, hidden), in the order of the data's classes."""
     theirs = [str(label) for _, label in sorted(model.config.id2label.items())]
     if theirs == [f"LABEL_{i}" for i in range(len(classes))]:
-        return                                  # it does not say which row is which class
+        return                                  # its classes have no names: take its order as ours
     if sorted(theirs) != sorted(classes):
         raise SystemExit(f"{folder} has the classes {theirs}, and the data {classes}: give "
                          "another model, or correct or delete id2label in its config.json")

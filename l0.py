@@ -271,9 +271,9 @@ def flags():
     add("--model", help="a BERT: a folder, or a name on the hub")
     add("--data", help="folder of the data files")
     add("--out", help="folder of the run; default out/<script>-<task>-<V>-s<seed>")
-    add("--seed", type=number(int, low=-1), default=0, help="of new heads, batches and dropout")
+    add("--seed", type=number(int, low=-1), default=0, help="for a new head, batches and dropout")
     add("--steps", type=number(int), help="instead of the preset's steps or epochs")
-    add("--batch_size", type=number(int), help="of a step, all processes together")
+    add("--batch_size", type=number(int), help="examples per step, over all processes together")
     add("--lr", type=number(float), help="peak learning rate of the weights")
     add("--device", default="cuda" if cuda else "cpu", help="cpu, cuda, cuda:1, ..")
     add("--teacher", help="distil from the fine-tuned model in this folder")
@@ -297,9 +297,9 @@ def lr_factor(step, steps, warmup, lr_end):
     return min(1.0, rise, lr_end + fall)
 
 
-# Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; these are
-# of the movement pruning paper. SQuAD has two distributions, of start and end: their KLs, each in
-# fp32, are averaged. STS-B's one number is no distribution: its KL is 0.
+# Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; ours, 0.1 and
+# 0.9, are those of the movement pruning paper. SQuAD has two distributions, of start and end: both
+# KLs are taken in fp32 and averaged. STS-B has one number instead of classes, so its KL is 0.
 def task_loss(net, batch, teacher, temperature=2.0):
     """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student)."""
     out = net(**batch)
@@ -342,7 +342,7 @@ def main(args):
         before = json.loads(log.read_text().partition("\n")[0])["args"]
         differ = sorted(name for name in settings if before.get(name) != settings[name])
         if differ:
-            raise SystemExit(f"{out} was begun with another {', '.join(differ)}: give its command")
+            raise SystemExit(f"{out} was begun with another {', '.join(differ)}: repeat its flags")
     # <method: checks>
     if args.sparsity == 1:
         raise SystemExit("--sparsity 1 prunes nothing: use python magnitude.py --sparsity 1")
@@ -383,7 +383,7 @@ def main(args):
     tokenizer = common.load_tokenizer(args.model)
     data = common.Data(args.task, args.data, tokenizer, args.length)
     if min(args.batch_size, len(data.train)) % world:
-        raise SystemExit(f"--batch_size (or the examples, if fewer) must be a multiple of {world}")
+        raise SystemExit(f"--batch_size (or examples, if fewer) must split over {world} processes")
     if args.steps is None:
         args.steps = max(1, args.epochs * len(data.train) // args.batch_size)
     torch.manual_seed(args.seed)                        # for a head that is created anew
@@ -449,7 +449,7 @@ def main(args):
     if args.resume:                                     # from 0, if there was no checkpoint yet
         print(f"the run goes on from step {first}")
 
-    # ---- the loop. Each step is seeded by its number, so that a resumed run repeats it
+    # ---- the loop. Each step is seeded by its number: a resumed run draws the same random numbers
     started = time.time() - seconds
     batches = data.batches(first, args.batch_size, args.seed)
     for step in range(first, args.steps):
@@ -576,7 +576,7 @@ def main(args):
     checkpoint.unlink(missing_ok=True)
     print(line)
     if collapsed:
-        print("COLLAPSED: all answers alike. More steps or soft_mvp.py help: results/why/README.md")
+        print("COLLAPSED: all answers alike. Try more steps, or soft_mvp.py: results/why/README.md")
     if missed:
         sys.exit(3)
 
