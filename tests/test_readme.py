@@ -227,7 +227,7 @@ def test_findings():
     assert "beat magnitude by {}, {} and {} points".format(*above) in real.replace("\n", " ")
     bag = max(f1(row) for row in records("floor.tsv", data="real", task="sst2"))
     words = [f"{slowly(script, '0.1') - bag:.1f}" for script in ("soft_mvp", "l0", "mvp")]
-    assert "by only {}, {} and {}.".format(*words) in real
+    assert "by only {}, {} and {} (error".format(*words) in real
     stated = re.findall(r"([\d.]+) after ([\d,]+)", time)
     assert len(stated) >= 3
     for accuracy, steps in stated:
