@@ -3,7 +3,7 @@
 Paper: Guo, Liu, Mungall, Lin and Wang 2019, arXiv 1909.12486. Its code is not public, and its full
 text was not available to us. We had its abstract, the survey of Ganesh et al., code from the same
 lab (LinLabNEU/reweighted_prune4 at 3db6f142b6), and what one of us remembered of the text, which we
-mark "from memory". The other constants of pre-training are ours.
+mark "from memory". Constants of pre-training that are not so marked are ours.
 
 Continue BERT's pre-training for a while: guess hidden words (MLM), and tell whether text B follows
 text A (NSP). All weights are trained, the embeddings too; meanwhile the encoder's matrices are
@@ -25,19 +25,23 @@ ones.
     w            the N weights in the six matrices of each encoder layer, all layers together
     lr           pre-training's learning rate at this step
     gamma        how hard all weights are pulled. It is chosen at each step so that the fraction v
-                 remains. (Only lr gamma matters, so lr then has no effect on the pull.) --gamma G
-                 fixes it instead, as the paper does, and v is not used
+                 remains. (So lr has no effect on the pull: only lr gamma matters.) --gamma G fixes
+                 it instead, and v is not used
     v            fraction kept: s + (1 - s) (1 - progress)^3. progress goes from 0 to 1 over the
                  rounds; s is --sparsity, the fraction KEPT
     p            min(k, 5), but 1 if --gamma is given
     eps          1e-9
-    recover      0.3: the fraction of pre-training after the rounds, where nothing more is pruned
+    recover      0.3: the last fraction of pre-training. The rounds are over, nothing is pulled any
+                 more, and the weights that are left can grow back
 
-After the rounds, and in fine-tuning, zeros stay 0. Most of this file is BERT's pre-training. The
+Our default is not the paper's method, as far as we know it: there gamma is fixed. So is p, at 1,
+which --gamma G therefore takes too. v, its cubic and recover are ours.
+
+After the rounds, and in fine-tuning, zeros stay 0. Much of this file is BERT's pre-training. The
 method is four short functions: prox, reweight, solve_gamma, proximal_step. --nip runs the paper's
 baseline instead: magnitude pruning in equal cuts ("stairs"), where a pruned weight stays 0.
 --sparsity 1 is the control: it trains on the text and prunes nothing. The seconds in the last line
-do not include pre-training.
+do not include pre-training. A new run into the same folder deletes the old support.
 
     python rpp.py --task squad --sparsity 0.4
     python rpp.py --task mnli --sparsity 0.4 --support out/rpp-squad-0.4-s0    # another task
@@ -46,7 +50,7 @@ With CUDA the default preset is paper, which has no corpus: add --corpus FILE or
 Without CUDA, this runs on the made-up data in mini/, and the first command's last line begins:
 
     RESULT rpp squad keeps 40.00% (prunes 60.00%) EM 81.8 F1 82.3 | 1000 steps ..
-    (with --pretrain_steps 4000 F1 98.5)
+    (with --pretrain_steps 4000 F1 98.5; dense, by magnitude.py --sparsity 1, 99.6)
 """
 import argparse
 import json
@@ -303,7 +307,7 @@ HYPER = {
             epochs=10, batch_size=16, length=384, warmup=0.1
         ),
         "mnli": dict(warmup=0.16),
-        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1)  # the paper's runs have 3e-6
+        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1)  # movement pruning's runs have 3e-6
     }
 }
 # </method>
@@ -352,7 +356,7 @@ def flags():
     add("--rounds", type=number(int), help="alpha is reweighted after each")
     add("--nip", action="store_true", help="the paper's baseline: magnitude pruning in stairs")
     add("--support", help="start from the pruned model in this folder: no pre-training, so its "
-                          "flags and --sparsity change nothing")
+                          "flags change nothing, and --sparsity only names --out")
     # </method>
     return parser
 
@@ -494,6 +498,8 @@ def main(args):
         folder = Path(args.support)
         if (folder / "support").exists():                   # a run's folder: take its support
             folder = folder / "support"
+        elif (folder / "log.jsonl").exists() and '"rpp"' in (folder / "log.jsonl").read_text():
+            raise SystemExit(f"--support {folder} has none of its own: give that of its start")
         try:
             found, info = BertForPreTraining.from_pretrained(folder, output_loading_info=True)
             lacking = info["missing_keys"]

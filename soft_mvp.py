@@ -18,19 +18,19 @@ pushes all scores down. The comment above sigmoid_penalty explains what such a p
                                       part, p = lambda sigmoid'(S) / (K n)
 
     W, S, v, L   as in mvp.py. v falls from 1 to v_f, the fraction KEPT in the end (--sparsity)
-    K            number of matrices (72 in BERT-base); n: weights in the matrix of S; N: in all
+    K            number of matrices (72 in BERT-base); n: weights in one of them; N: in all of them
     r            how far v has come: 0 before pruning, 1 after it. v = 1 - (1 - v_f) r (`ramp`)
     lambda       lambda_f r, so it grows as v falls; lambda_f is 1000 in both presets
 
-Here you choose the fraction kept. The official code instead keeps every weight whose sigmoid(S) is
-above a threshold tau, however many these are (hence "soft"), but never less than 0.5 % of each
-matrix. `--penalty LAMBDA` runs that version: tau = 0.1 r, lambda = LAMBDA r, and neither
---sparsity nor --scope decides what is kept. (In the paper's own runs on SQuAD, without a teacher, a
-LAMBDA of 500 kept 13.9 %, and 1400 kept 2.6 %.) For the same scores, some tau yields the mask of
---scope global, except for ties and the best 0.5 % of each matrix.
+Here you choose the fraction kept; this variant is ours. The official code instead keeps every
+weight whose sigmoid(S) is above a threshold tau, however many these are (hence "soft"), but never
+less than 0.5 % of each matrix. `--penalty LAMBDA` runs that version: tau = 0.1 r, lambda =
+LAMBDA r, and neither --sparsity nor --scope decides what is kept. (In the paper's runs on SQuAD,
+without a teacher, a LAMBDA of 500 kept 13.9 %, and 1400 kept 2.6 %.) For the same scores, some tau
+yields the mask of --scope global, except for ties and the best 0.5 % of each matrix.
 
-The paper's text differs from its code: there M = (S > tau), tau and lambda are constant, and R is
-a sum.
+The paper's text differs from its code: in the text M = (S > tau), tau and lambda are constant, and
+R is a sum.
 
     python soft_mvp.py --task squad --sparsity 0.03
 

@@ -230,6 +230,9 @@ def test_support_serves_another_task(ended, data, tmp_path):
     theirs = AutoModelForQuestionAnswering.from_pretrained(support)
     for name, layer in common.prunable(ours).items():
         assert torch.equal(layer.weight == 0, common.prunable(theirs)[name].weight == 0)
+    words = arguments(data, tmp_path / "next", "--task", "tsv", "--support", tmp_path)
+    process = start([sys.executable, "rpp.py", *words])
+    assert process.returncode == 1 and "has none of its own" in process.stderr
 
 
 def test_missed_goal(data, tmp_path, monkeypatch, capsys):
