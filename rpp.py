@@ -499,7 +499,7 @@ def main(args):
         if (folder / "support").exists():                   # a run's folder: take its support
             folder = folder / "support"
         elif (folder / "log.jsonl").exists() and '"rpp"' in (folder / "log.jsonl").read_text():
-            raise SystemExit(f"--support {folder} has none of its own: give that of its start")
+            raise SystemExit(f"--support {folder} has no support of its own: give the one it had")
         try:
             found, info = BertForPreTraining.from_pretrained(folder, output_loading_info=True)
             lacking = info["missing_keys"]
