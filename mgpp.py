@@ -30,17 +30,18 @@ The hope: by then the prior has separated small weights from large ones, so litt
 
 The first zeroing comes after t_i T steps, the last after T - t_f T steps. In between there is one
 whenever t is a multiple of --interval. A zeroed weight is not masked: the next step moves it off 0
-again, and the next zeroing removes it again unless it has grown enough by then. After the last
-zeroing the gradient is dL/dw alone, and each step restores the zeros. (With the paper's t_f of 0
-the run ends there.)
+again, and the next zeroing removes it again unless it has grown enough by then. It starts in the
+middle of the spike: where steps are shorter than the spike is wide, the pull holds it there. After
+the last zeroing the gradient is dL/dw alone, and each step restores the zeros. (With the paper's
+t_f of 0 the run ends there.)
 
-Is the hope fulfilled? Not that we could measure. The spike ends at about |w| = 5e-5, but on mini an
-ordinary step of AdamW is up to ten times that, 5e-4. A weight that lands inside gets one huge
-gradient. That makes AdamW's step about three times as long, and momentum repeats it for some steps:
-the weight passes 0 and leaves the spike on the other side. Only at the end, when the learning rate
-and lam are small, does the spike hold weights. On mini's questions with 10 % kept, runs with the
-spike score five points lower than runs with --mix 1; with 3 %, and on the real SST-2, the two do
-not clearly differ (results/why/README.md).
+Is the hope fulfilled? Not in our runs. On mini's squad with 10 % kept, the spike costs five points
+of F1 against --mix 1, plain L2. With 3 % kept, and on the real SST-2, we saw no clear difference
+(results/why/README.md). A reason on mini: the spike ends at about |w| = 5e-5, but an ordinary step
+of AdamW is up to ten times that, 5e-4. A weight that lands inside gets one huge gradient. That
+makes AdamW's step about three times as long, and momentum repeats it for some steps: the weight
+passes 0 and leaves the spike on the other side. Only shortly before the last zeroing, when the
+learning rate and lam are small, does the spike hold weights.
 
 Unlike magnitude.py: zeros are written into the weights, all matrices are always ranked together, a
 matrix may lose all its weights, and no gradient is clipped. Unlike the author's code: exactly
@@ -89,8 +90,8 @@ def schedule(step, steps, v_f, t_i, t_f):
     """v, the fraction to keep at a step, by eq. 5 of Sanh et al. Steps count from 0.
 
     1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. The cubic part
-    takes at least one step. (So in a run of a few steps, or with t_i close to 1, the last v may be
-    above v_f; the slot "bake" prunes to v_f in any case.)
+    takes at least one step. (So in a run of a few steps the last v may be above v_f; the slot
+    "bake" prunes to v_f in any case.)
     """
     length = max(1.0, (1 - t_i - t_f) * steps)          # of the cubic part, in steps; never 0
     done = (step - t_i * steps) / length
@@ -197,13 +198,14 @@ def zero_smallest(weights, v):
 # </method>
 
 # <method: hyper-parameters>
-# From the paper's table and the author's scripts; the mini preset, and tasks without an entry of
-# their own, are ours. "*" holds for all tasks; a task's own values override it. warmup, t_i and
-# t_f are fractions of all steps: lr rises during warmup, the first zeroing comes after t_i, and
-# the last one t_f before the end. lr_end: the fraction of lr that is left after the last step.
-# v_i: fraction kept at the first zeroing. spike, slab: variances. interval: steps between
-# zeroings. length: the most tokens in one input. clip: so high that nothing is clipped. adam:
-# AdamW's betas and eps; on mini and for squad torch's defaults, as in the other five files.
+# The paper preset's values are from the paper's table and the author's scripts, for the tasks that
+# have an entry; those of other tasks, and the mini preset, are ours. "*" holds for all tasks; a
+# task's own values override it. warmup, t_i and t_f are fractions of all steps: lr rises during
+# warmup, the first zeroing comes after t_i, and the last one t_f before the end. lr_end: the
+# fraction of lr that is left after the last step. v_i: fraction kept at the first zeroing. spike,
+# slab: variances. interval: steps between zeroings. length: the most tokens in one input. clip: so
+# high that nothing is clipped. adam: AdamW's betas and eps; on mini and for squad torch's defaults,
+# as in the other five files.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
@@ -338,6 +340,9 @@ def main(args):
         if differ:
             raise SystemExit(f"{out} was begun with another {', '.join(differ)}: repeat its flags")
     # <method: checks>
+    if args.t_i + args.t_f >= 1:
+        raise SystemExit(f"--t_i {args.t_i:g} leaves no steps to prune in: give less than "
+                         f"{1 - args.t_f:g}")
     if args.sparsity == 1:
         raise SystemExit("--sparsity 1 prunes nothing: use python magnitude.py --sparsity 1")
     # </method>
@@ -462,10 +467,10 @@ def main(args):
 
         # <method: gradient>
         # The pull joins dL/dW before the optimizer, so it enters AdamW's moments together with the
-        # loss's gradient. AdamW's weight decay does not: it is decoupled. Adding
-        # -(sum of log pi(w)) / n to the loss would have the same effect. The pull ends with the
-        # last zeroing. Nothing is clipped (clip is 1e30): the pull is large, and clipping would
-        # shrink the loss's gradient together with it.
+        # loss's gradient. (AdamW's own weight decay would bypass them.) To add the penalty
+        # -(sum of log pi(w)) / n to the loss would be the same; its gradient is shorter to write.
+        # The pull ends with the last zeroing. Nothing is clipped (clip is 1e30): the pull is large,
+        # and clipping would shrink the loss's gradient together with it.
         if pulls:
             lam = args.mix or mixing_weight(step, args.steps, args.t_i, args.t_f)
             for w in weights:
@@ -479,9 +484,9 @@ def main(args):
         optimizer.step()
 
         # <method: after step>
-        # After AdamW's step, so that the next forward pass sees the zeros. AdamW's moments are not
-        # reset, so its next step moves a zeroed weight off 0 again. After the last zeroing, each
-        # such move is undone at once.
+        # After AdamW's step, so that the next forward pass sees the zeros. A zeroed weight still
+        # has a gradient, and AdamW's moments are not reset: the next step moves it off 0 again.
+        # After the last zeroing, each such move is undone at once.
         if due:
             zero_smallest(weights, v)
         if not pulls:

@@ -20,7 +20,8 @@ are ranked together.)
 
 Where dL/dW' * W is negative, a step of gradient descent moves a kept W away from 0, and raises S.
 Where it is positive, the step moves W towards 0, and lowers S. The belief behind it: a weight that
-the task pushes away from 0 is one that the task needs.
+the task pushes away from 0 is one that the task needs. Why learn a score, and not just measure how
+far W has moved? A masked W stands still. Its score goes on learning, so it can come back.
 
 Unlike magnitude.py, this file ranks scores instead of |W|. The scores are learned, and a
 hand-written backward pass gives them their gradient. --sparsity 1, a dense run, is left to
@@ -29,12 +30,13 @@ at values other than 0; this file cannot. --sparsity is the fraction KEPT.
 
 A run can collapse: it ends at chance or not far above, often with the same answer for every input.
 On SST-2, with 10 % kept and a BERT of three layers, a run of 1,000 steps ended at chance (accuracy
-50.9 %). A run of 10,000 steps reached 81.3 %, and one of magnitude.py 78.4 %. (A bag of words, with
-no BERT at all, reaches 81.9 %.) What helps: more --steps, a shallower model, the penalty of
-soft_mvp.py, or a later start of pruning (--t_i: on mini, one seed of ten collapses at 0.05, none at
-0.3). Our reading of the cause: a low score only says that W should shrink a little, but pruning
-sets W to 0 at once, however large it is. Training must repair the damage before more weights are
-cut. The measurements are in results/why/README.md.
+50.9 %). After 10,000 steps it was 81.3 %, and 78.4 % in as long a run of magnitude.py. (A bag of
+words, with no BERT at all, reaches 81.9 %.) What helps: more --steps, a shallower model, the
+penalty of soft_mvp.py, or a later start of pruning (--t_i: on mini with 10 % kept, one seed of ten
+collapses at 0.05, none at 0.3). Our reading of the cause: a low score only says that W should
+shrink a little, but the mask makes it 0 at once, however large W is. Training must repair the
+damage before more weights are masked. (Why a later start helps, this does not say.) The
+measurements are in results/why/README.md.
 
     python mvp.py --task squad --sparsity 0.1
 
@@ -76,8 +78,8 @@ def schedule(step, steps, v_f, t_i, t_f):
     """v, the fraction to keep at a step, by eq. 5 of Sanh et al. Steps count from 0.
 
     1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. The cubic part
-    takes at least one step. (So in a run of a few steps, or with t_i close to 1, the last v may be
-    above v_f; the slot "bake" prunes to v_f in any case.)
+    takes at least one step. (So in a run of a few steps the last v may be above v_f; the slot
+    "bake" prunes to v_f in any case.)
     """
     length = max(1.0, (1 - t_i - t_f) * steps)          # of the cubic part, in steps; never 0
     done = (step - t_i * steps) / length
@@ -158,10 +160,11 @@ def update_masks(masked, scores, v, scope="local"):
 # straight-through estimator takes 1 for this slope in the backward pass, as if M were S itself.
 # With W' = W * M the chain rule then gives dL/dS = dL/dW' * W, for masked weights too.
 #
-# Why may 1 stand in for the slope? A score that rises can switch its weight on, from 0 to W. This
-# changes the loss by about dL/dW' * W. So, to first order, the estimate has the right sign. Its
-# size is arbitrary: the true slope is 0, except at the threshold, where it is infinite. (Top_v also
-# switches another weight off in return; that is ignored.)
+# Why may 1 stand in for the slope? A score that rises can switch W' from 0 to W. This changes the
+# loss by about dL/dW' * W. If that is negative, S should rise, and descent with this gradient lets
+# it rise. So, to first order, the sign is right. The size is arbitrary: the true slope is 0, except
+# at the threshold, where it is infinite. (Top_v also switches another weight off in return; that is
+# ignored.)
 #
 # What does the sign mean? Gradient descent moves a kept W along -dL/dW'. If dL/dW' * W is
 # negative, W moves away from 0, and S rises. If it is positive, W moves towards 0, and S falls. A
@@ -170,12 +173,13 @@ def update_masks(masked, scores, v, scope="local"):
 #
 # Plain gradient descent at a constant rate lr_S would make S = -lr_S times the sum over all steps
 # of dL/dW' * W. We use Adam and a rate that rises and falls, as the paper does. Adam divides each
-# step of a score by the recent size of its gradients. So S tells how steadily descent pushed W away
-# from 0. It does not tell how far.
+# step of a score by the recent size of its gradients. So S tells how steadily the gradient asked
+# for a larger |W|, whether or not W could move. It does not tell by how much.
 #
 # The mask is not saved in checkpoints: it is made anew before each forward pass.
-# Official: binarizer.py, lines 69-108, and masked_nn.py, line 104. There autograd makes the
-# gradient of M, dL/dW' * W, and the function hands it on to S.
+# Official: binarizer.py, lines 69-108, and masked_nn.py, line 104. There the function makes M
+# alone: autograd differentiates W * M, and the function passes the gradient of M on to S. The
+# result is the same.
 class StraightThrough(torch.autograd.Function):
     """W' = W * M, with a backward pass that takes 1 for the slope of M in S."""
 
@@ -338,6 +342,9 @@ def main(args):
         if differ:
             raise SystemExit(f"{out} was begun with another {', '.join(differ)}: repeat its flags")
     # <method: checks>
+    if args.t_i + args.t_f >= 1:
+        raise SystemExit(f"--t_i {args.t_i:g} leaves no steps to prune in: give less than "
+                         f"{1 - args.t_f:g}")
     if args.sparsity == 1:
         raise SystemExit("--sparsity 1 prunes nothing: use python magnitude.py --sparsity 1")
     # </method>

@@ -26,6 +26,7 @@ def fails(method, data, out, *flags):
     (["--task", "sst2"], "SST-2/train.tsv"),
     (["--resume"], "holds no unfinished run"),
     (["--lr", "1e9"], "the loss is"),
+    (["--t_i", "0.7"], "--t_i 0.7 leaves no steps to prune in: give less than 0.7"),
 ])
 def test_sentence(data, tmp_path, flags, words):
     sentence = fails("magnitude", data, tmp_path / "out", *flags)
