@@ -16,32 +16,33 @@ The hope: by then the prior has separated small weights from large ones, so litt
     gradient = dL/dw + pull(w) / n                    what AdamW gets, up to the last zeroing
     v        = v_f + (v_i - v_f) (1 - (t - t_i T) / (T - t_i T - t_f T))^3
 
-    w            one of the N prunable weights. They stand in the encoder: six matrices per layer,
-                 (out, in) each. N counts those of all layers
-    lam          weight of the slab: 0.1 until t_i T, then linearly down to 1e-4 at T - t_f T;
-                 --mix fixes it, and with --mix 1 the pull is plain L2
+    w            one of the N prunable weights: those of the six matrices, (out, in) each, of all
+                 encoder layers
+    lam          weight of the slab: 0.1 until t_i T, then linearly down to 1e-4 at T - t_f T; not
+                 the fraction kept: a smaller lam widens the spike a little. --mix fixes it, and
+                 with --mix 1 the pull is plain L2
     s0, s1       variances of spike and slab: --spike and --slab
-    L            the loss, a mean of n terms
+    L            the loss, a mean of n terms, which each step estimates from a batch
     n            number of training examples (windows of text on SQuAD). If your loss is a mean over
-                 tokens, as a language model's is, n is the number of tokens
+                 tokens, as a language model's is, n is the number of tokens in all training data
     v            fraction left by a zeroing after t of T steps: it falls from v_i to v_f, which is
                  --sparsity, the fraction KEPT. v_i is 0.7 (0.5 for SQuAD and QNLI under the paper
                  preset), or v_f if that is larger. t_i and t_f: fractions, as in magnitude.py
 
 The first zeroing comes after t_i T steps, the last after T - t_f T steps. In between there is one
 whenever t is a multiple of --interval. A zeroed weight is not masked: the next step moves it off 0
-again, and the next zeroing removes it again unless it has grown enough by then. It starts in the
-middle of the spike: where steps are shorter than the spike is wide, the pull holds it there. After
-the last zeroing the gradient is dL/dw alone, and each step restores the zeros. (With the paper's
-t_f of 0 the run ends there.)
+again, and the next zeroing removes it again unless it has grown enough by then. At 0 it is in the
+middle of the spike: if steps are shorter than the spike is wide, the pull holds it there. After the
+last zeroing the gradient is dL/dw alone, and the zeros are put back after each step. (With the
+paper's t_f of 0 the run ends there.)
 
 Is the hope fulfilled? Not in our runs. On mini's squad with 10 % kept, the spike costs five points
 of F1 against --mix 1, plain L2. With 3 % kept, and on the real SST-2, we saw no clear difference
-(results/why/README.md). A reason on mini: the spike ends at about |w| = 5e-5, but an ordinary step
-of AdamW is up to ten times that, 5e-4. A weight that lands inside gets one huge gradient. That
-makes AdamW's step about three times as long, and momentum repeats it for some steps: the weight
-passes 0 and leaves the spike on the other side. Only shortly before the last zeroing, when the
-learning rate and lam are small, does the spike hold weights.
+(results/why/README.md). A reason on mini: with --spike 1e-10 the slab takes over at about
+|w| = 5e-5, but an ordinary step of AdamW is up to ten times that, 5e-4. A weight that lands inside
+gets one huge gradient. That makes AdamW's step about three times as long, and momentum repeats it
+for some steps: the weight passes 0 and leaves the spike on the other side. Only shortly before the
+last zeroing, when steps have become shorter, does the spike hold weights.
 
 Unlike magnitude.py: zeros are written into the weights, all matrices are always ranked together, a
 matrix may lose all its weights, and no gradient is clipped. Unlike the author's code: exactly
@@ -450,7 +451,7 @@ def main(args):
         t = step + 1                                        # steps done by then
         pulls = t <= end                                    # up to the last zeroing
         due = t in (begin, end) or (begin < t < end and t % args.interval == 0)
-        v = None                                            # no goal until the next zeroing
+        v = None                                            # no goal: zeros have moved off 0 again
         if due or not pulls:
             v = fraction_left(t, args.steps, args.sparsity, args.t_i, args.t_f, args.v_i)
         # </method>
@@ -467,8 +468,8 @@ def main(args):
 
         # <method: gradient>
         # The pull joins dL/dW before the optimizer, so it enters AdamW's moments together with the
-        # loss's gradient. (AdamW's own weight decay would bypass them.) To add the penalty
-        # -(sum of log pi(w)) / n to the loss would be the same; its gradient is shorter to write.
+        # loss's gradient. (AdamW's own weight decay would bypass them.) Adding the penalty
+        # -(sum of log pi(w)) / n to the loss would do the same; adding its gradient is shorter.
         # The pull ends with the last zeroing. Nothing is clipped (clip is 1e30): the pull is large,
         # and clipping would shrink the loss's gradient together with it.
         if pulls:
