@@ -4,7 +4,8 @@
     python results/grid.py squad11 --model DIR --data DIR      SQuAD 1.1, a small real BERT
     python results/grid.py sst2_3000 --model DIR --data DIR --corpus FILE      SST-2, 3,000 steps
     python results/grid.py cola --model DIR --data DIR         CoLA
-    python results/grid.py cola_10000 --model DIR --data DIR   CoLA, slowly, three layers
+    python results/grid.py cola_10000 --model DIR --data DIR   CoLA, a long run, three layers
+    python results/grid.py squad_10000 --model DIR --data DIR  SQuAD, the same
     python results/grid.py why/mix                             MGPP's spike, on mini
     python results/grid.py why/wait                            a later first cut, on mini
     python results/grid.py why/exponent                        RPP's exponent, on mini
@@ -86,6 +87,9 @@ GRIDS = {
                           "mgpp_every10"]),
         ("cola", 0.1, 1, ["magnitude", "soft_mvp", "mgpp"]),
     ],
+    "squad_10000": [
+        ("squad", 0.3, 1, ["magnitude", "soft_mvp"]),
+    ],
     "cola_10000": [
         ("cola", 1, 1, DENSE),
         ("cola", 0.3, 1, ["magnitude", "soft_mvp", "l0"]),
@@ -123,6 +127,7 @@ FLAGS = {
     "squad11": "--preset paper --device cpu --steps 800 --batch_size 8 --lr 2e-4",
     "cola": "--preset paper --device cpu --steps 800 --lr 1e-4",
     "cola_10000": "--preset paper --device cpu --steps 10000 --batch_size 16 --lr 3e-5",
+    "squad_10000": "--preset paper --device cpu --steps 10000 --batch_size 8 --lr 3e-5",
     "paper": "--preset paper --device cuda",
     ("rpp", "cola"): "--preset paper --device cpu --steps 600 --batch_size 16 --lr 3e-4",
 }
