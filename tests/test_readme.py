@@ -238,6 +238,9 @@ def test_findings():
                             ("soft movement", "soft_mvp", "0.3"), ("dense", "magnitude", "1")):
         row, = records("squad11.tsv", method=method, task="squad", sparsity=v)
         assert f"{name} {f1(row):.1f}" in many
+    for name, method in (("magnitude", "magnitude"), ("soft movement", "soft_mvp")):
+        row, = records("squad_10000.tsv", method=method)
+        assert f"{name} {f1(row):.1f}" in many.split("10,000 steps:")[1]
     questions = [seeds("mini.tsv", method, v, 1).split(" ")[0]
                  for method, v in (("rpp", "0.4"), ("magnitude", "1"))]
     assert "squad {} (dense {})".format(*questions) in rpp
