@@ -498,8 +498,11 @@ def main(args):
         folder = Path(args.support)
         if (folder / "support").exists():                   # a run's folder: take its support
             folder = folder / "support"
-        elif (folder / "log.jsonl").exists() and '"rpp"' in (folder / "log.jsonl").read_text():
-            raise SystemExit(f"--support {folder} has no support of its own: give the one it had")
+        elif (folder / "log.jsonl").exists():
+            first_line = (folder / "log.jsonl").read_text().partition("\n")[0]
+            if json.loads(first_line)["args"]["script"] == method:
+                raise SystemExit(f"--support {folder} has no support of its own: "
+                                 "give the one it had")
         try:
             found, info = BertForPreTraining.from_pretrained(folder, output_loading_info=True)
             lacking = info["missing_keys"]

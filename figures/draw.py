@@ -41,7 +41,8 @@ from matplotlib.colors import ListedColormap  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path.insert(0, str(ROOT / "mini"))
+sys.path[:0] = [str(ROOT / "mini"), str(ROOT / "results")]
+import grid  # noqa: E402
 import words  # noqa: E402
 
 # name, colour, mark: the same in every picture
@@ -93,17 +94,6 @@ plt.rcParams.update({
 def read_tsv(path):
     header, *lines = path.read_text().splitlines()
     return [dict(zip(header.split("\t"), line.split("\t"))) for line in lines]
-
-
-def f1(row):
-    """The cell "EM 91.00 F1 91.65" of a row, as 91.65."""
-    return float(row["scores"].split("F1 ")[1].split()[0])
-
-
-def floor(data):
-    """The F1 of the best guesser on the questions of data: "real" or "mini"."""
-    rows = read_tsv(ROOT / "results" / "floor.tsv")
-    return max(f1(row) for row in rows if row["data"] == data and row["task"] == "squad")
 
 
 def read_log(path):
@@ -182,13 +172,15 @@ def draw_score(runs):
     ours = {}
     for row in rows:
         points = ours.setdefault(row["method"], {})
-        points.setdefault(100 * float(row["sparsity"]), []).append(f1(row))
+        kept = 100 * float(row["sparsity"])
+        points.setdefault(kept, []).append(grid.score("squad", row["scores"]))
     dense = np.mean(ours["magnitude"].pop(100))
     papers = {method: {kept: [x] for kept, x in points.items()}
               for method, points in PAPERS.items()}
+    floors = [grid.floor(world, "squad") for world in ("real", "mini")]
     parts = (
-        (axes[0], "The papers: SQuAD, BERT-base", PAPERS_DENSE, floor("real"), papers),
-        (axes[1], "Here: mini, three seeds (small marks)", dense, floor("mini"), ours))
+        (axes[0], "The papers: SQuAD, BERT-base", PAPERS_DENSE, floors[0], papers),
+        (axes[1], "Here: mini, three seeds (small marks)", dense, floors[1], ours))
     for ax, title, top, lowest, lines in parts:
         ends = {}
         for method, (_, colour, mark) in METHODS.items():
@@ -279,9 +271,7 @@ def draw_order(runs):
     """Large marks are means, small ones are seeds."""
     rows = read_tsv(ROOT / "results" / "why" / "speed.tsv")
     rows = [row for row in rows if (row["layers"], row["steps"]) == ("3", "10000")]
-    floors = read_tsv(ROOT / "results" / "floor.tsv")
-    lowest = max(float(row["scores"].split()[1]) for row in floors
-                 if (row["data"], row["task"]) == ("real", "sst2"))
+    lowest = grid.floor("real", "sst2")
     dense = np.mean([float(row["acc"]) for row in rows if row["kept"] == "1"])
     fig, axes = panels("With slow pruning, learned scores lead on SST-2", 2, 4, sharey=True)
     order = ["magnitude", "mgpp", "mvp", "l0", "soft_mvp"]

@@ -45,11 +45,6 @@ VARIANTS = {
     "mvp_kd": "mvp.py",
     "soft_mvp_kd": "soft_mvp.py",
     "nip": "rpp.py --nip",
-    "magnitude_wait": "magnitude.py --t_i 0.3",
-    "mvp_wait": "mvp.py --t_i 0.3",
-    "soft_mvp_wait": "soft_mvp.py --t_i 0.3",
-    "l0_wait": "l0.py --t_i 0.3",
-    "mgpp_wait": "mgpp.py --t_i 0.3",
     "rpp_2000": "rpp.py --pretrain_steps 2000",
     "rpp_p1": "results/why/proximal.py --p 1 --pretrain_steps 2000",
     "dense_3e-5": "magnitude.py --lr 3e-5",
@@ -60,7 +55,8 @@ DENSE = ["magnitude"]
 TEACHER = ["mvp_kd", "soft_mvp_kd"]
 BEFORE_MVP = ["magnitude", "soft_mvp", "l0", "mgpp", "mgpp_L2", "mvp"]
 RPP = ["rpp"]
-WAIT = ["magnitude_wait", "mvp_wait", "soft_mvp_wait", "l0_wait", "mgpp_wait"]
+WAIT = [f"{method}_wait" for method in METHODS if method != "rpp"]
+VARIANTS |= {column: column.replace("_wait", ".py --t_i 0.3") for column in WAIT}
 SPIKES = ["mgpp_1e-12", "mgpp_1e-8", "mgpp_1e-6", "mgpp_1e-4"]
 # name: [(task, fraction kept, seeds, columns)]
 GRIDS = {

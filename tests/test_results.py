@@ -53,19 +53,6 @@ def test_names_that_the_investigations_replace(script):
     assert all(hasattr(module, name) for name in REPLACED[script].split())
 
 
-@pytest.mark.parametrize("page, link", [(page, link) for page in TEXT for link in
-                                        re.findall(r"\]\((?!http)([^)]+)\)", TEXT[page])])
-def test_links(page, link):
-    path, _, anchor = link.partition("#")
-    folder = next(p.parent for p in tables.PAGES if p.parent.name == page)
-    target = folder / path if path else folder / "README.md"
-    assert target.exists()
-    if anchor:
-        headings = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
-        anchors = [re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in headings]
-        assert anchor in anchors
-
-
 def test_docstrings_and_exercises_quote_the_default_runs():
     """The last line in each docstring, and the scores of README's exercises, are rows."""
     f1, em = {}, {}

@@ -69,6 +69,8 @@ def test_command_line(ended, method):
     assert log[-1]["step"] == 8 and {"loss", "penalty", "kept", "goal", "lr"} <= set(log[-1])
     step = r"step 8  loss [\d.]+  penalty [-+\d.e]+  goal 0.1\d*  kept [\d.]+  lr .* of about \d+"
     assert re.search(step, process.stdout)
+    names = ("step", "loss", "penalty", "goal", "kept", "lr")
+    assert "  ".join(f"{name} {log[-1][name]:.6g}" for name in names) in process.stdout
 
 
 @pytest.mark.parametrize("method", METHODS)
