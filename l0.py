@@ -1,13 +1,14 @@
 """L0 regularisation of BERT with hard concrete gates.
 
 Papers: Louizos, Welling and Kingma 2017, arXiv 1712.01312, as used by Sanh, Wolf and Rush 2020,
-arXiv 2005.07683. Official code: AMLab-Amsterdam/L0_regularization, and
+arXiv 2005.07683. Official code: AMLab-Amsterdam/L0_regularization, at 39a5fe6, and
 huggingface/transformers-research-projects, movement-pruning, at fccd0cdab0.
 
 We would like to minimise the number of weights that are not 0, but a count has no gradient. So each
 weight is multiplied by a random gate z. A learned score S, the paper's log alpha, sets the
-probability that the gate is open (z > 0). This probability has a gradient, and is penalised. So the
-penalty pushes all scores down, and the loss holds up those whose weights it needs: they stay.
+probability that the gate is open (z > 0). This probability has a gradient, and is penalised: the
+penalty pushes all scores down. Where dL/dW' * W is negative, more of W would lower the loss, and
+the loss's gradient pushes S up. Weights stay where this push outweighs the penalty.
 
     q  = sigmoid((y + S) / beta)             y: logistic noise, drawn anew at each step
     z  = clamp(q (zeta - gamma) + gamma, 0, 1)      q stretched to (gamma, zeta), then cut
@@ -30,23 +31,23 @@ Why noise? A gate that is shut passes no gradient of the loss. With noise it ope
 its weight can come back. Counting, evaluating and saving use neither noise nor beta: there
 q = sigmoid(S), and the gate is open where S exceeds log(-gamma / zeta) = -2.398. (Both official
 codes drop beta here; with it the threshold would be -1.6.) What is saved is W * z with this z. E
-differs from k for two reasons: a gate at the threshold counts 0.31 in E, but 0 or 1 in k; and in E
-a small matrix weighs as much as a large one.
+differs from k for two reasons. E averages probabilities where k counts: at the threshold P is 0.31.
+And in E a small matrix weighs as much as a large one.
 
 Sanh et al. minimise L + lambda E with a constant lambda, and keep the weights whose gates are open
-at the end, however many these are. `--penalty LAMBDA` does that. (In their runs on SQuAD, without a
-teacher, a LAMBDA of 175 kept 9.8 %, and 600 kept 2.9 %.) Without it you choose the fraction
-kept, and two multipliers steer k to v, by an augmented Lagrangian (Wang, Wohlwend and Lei 2020,
-arXiv 1910.04732). mu1 grows while k is above v and falls while k is below. mu2 h^2 presses harder
-the larger the gap is. The form of h and the step sizes 2 and 60 are ours. (They are large, since E
-is a mean over all weights, and one score is but a small part of it.)
+at the end, however many these are. `--penalty LAMBDA` does that; v then plays no part. (In their
+runs on SQuAD, without a teacher, a LAMBDA of 175 kept 9.8 %, and 600 kept 2.9 %.) By default you
+choose the fraction kept, and two multipliers steer k to v, as in the augmented Lagrangian of Wang,
+Wohlwend and Lei 2020, arXiv 1910.04732. mu1 grows while k is above v and falls while k is below.
+mu2 h^2 presses harder the larger the gap is. The cubic of v, the form of h and the step sizes 2 and
+60 are ours. (The step sizes are large because E is an average: one score hardly changes it.)
 
     minimise  L + mu1 h + mu2 h^2,   after each step mu1 += 2 h and mu2 += 60 h^2
 
 Unlike in mvp.py, the gate is random and takes any value from 0 to 1, the threshold is fixed, and a
-matrix may lose all its weights. As in the movement code, but unlike in Louizos et al., each weight
-has a gate (not each input neuron), log alpha is not clamped, and W has no L2 penalty and no running
-average. Train for 1,000 steps or more: in shorter runs k lags behind v. --sparsity is the fraction
+matrix may lose all its weights. Louizos et al. have one gate per input neuron, clamp S, add an L2
+penalty on W, and keep a running average of W; the movement code does none of this, nor does this
+file. Train for 1,000 steps or more: in shorter runs k lags behind v. --sparsity is the fraction
 KEPT.
 
     python l0.py --task squad --sparsity 0.03
@@ -91,8 +92,8 @@ def schedule(step, steps, v_f, t_i, t_f):
     """v, the fraction to keep at a step, by eq. 5 of Sanh et al. Steps count from 0.
 
     1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. The cubic part
-    takes at least one step. (So in a run of a few steps the last v may be above v_f; the slot
-    "bake" prunes to v_f in any case.)
+    takes at least one step. (If t_f * steps is below 1, the last v is above v_f. The slot "bake"
+    prunes to v_f in any case.)
     """
     length = max(1.0, (1 - t_i - t_f) * steps)          # of the cubic part, in steps; never 0
     done = (step - t_i * steps) / length
@@ -103,7 +104,7 @@ def schedule(step, steps, v_f, t_i, t_f):
 def kth_largest(x, k):
     """The k-th largest of the n elements of a flat tensor, 1 <= k <= n, as a 0-dim tensor."""
     n = len(x)
-    if x.device.type == "cpu":                          # numpy selects without a sort
+    if x.device.type == "cpu":                          # numpy selects faster than kthvalue
         return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
     if k > n // 2:                                      # topk is fast for small k: count from below
         return x.topk(n - k + 1, largest=False, sorted=False).values.max()
@@ -144,7 +145,7 @@ THRESHOLD = math.log(-GAMMA / ZETA)                     # -2.398: without noise 
 # is 0, and the score learns from the penalty alone. y = log u - log(1 - u), with u uniform in
 # (1e-4, 1 - 1e-4). (Louizos et al. do the same with 1e-6 instead of 1e-4. The movement code draws
 # u in (0, 1) and clamps it to [1e-4, 1 - 1e-4].)
-# Official: masked_nn.py, lines 94-102; l0_layers.py, lines 89-104, at 39a5fe6.
+# Official: masked_nn.py, lines 94-102; l0_layers.py, lines 89-104.
 def gate(scores, noise=None):
     """The hard concrete gate z, in [0, 1]. scores, noise and z all have the shape (out, in)."""
     if noise is None:
@@ -184,7 +185,6 @@ class Gated(nn.Module):
 
 # ---- steering: how many gates are open, and how the last gap to the goal is closed
 
-@torch.no_grad()
 def open_gates(scores):
     """How many gates are open without noise. A 0-dim tensor: Python need not wait for the GPU."""
     return sum(torch.count_nonzero(s > THRESHOLD) for s in scores)
@@ -283,10 +283,11 @@ def flags():
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--checkpoint_every", type=number(int), default=500, help="in steps; BERT-base: 1 to 2 GB")
     # <method: flags>
-    add("--t_i", type=number(float, high=1), help="fraction of the steps before the first cut")
+    add("--t_i", type=number(float, high=1), help="fraction of the steps before pruning begins")
     add("--score_lr", type=number(float), help="peak learning rate of the scores")
     add("--penalty", type=number(float),
-        help="lambda of the paper's way: it decides what is kept, not --sparsity; so name --out")
+        help="constant lambda, as in the paper: it decides what is kept, not --sparsity or --t_i. "
+             "Give --out: its default is named after --sparsity")
     # </method>
     return parser
 
@@ -414,10 +415,10 @@ def main(args):
     for layer, m in zip(layers.values(), gated):
         parametrize.register_parametrization(layer, "weight", m)
     scores = [m.scores for m in gated]                  # S: (out, in) each
-    # Here --score_lr matters: the threshold is fixed, and to shut its gate a score has to fall from
-    # 2.197 to -2.398 within the run. So the rate is ten times mvp.py's (except on QQP in the paper
-    # preset). No weight decay, even where you copy this slot: it would pull all scores to 0, where
-    # gates are open.
+    # In mvp.py only the order of the scores counts. Here their size does, too: the threshold is
+    # fixed, and to shut its gate a score has to fall from 2.197 to -2.398 within the run. So the
+    # rate is ten times mvp.py's (except on QQP in the paper preset). Weight decay would pull all
+    # scores to 0, where gates are open: keep it at 0 where you copy this slot.
     groups.append({"params": scores,
                    "lr": args.score_lr, "initial_lr": args.score_lr, "weight_decay": 0.0})
     # The multipliers are tensors, so that Python need not wait for their values in any step. They
@@ -470,8 +471,8 @@ def main(args):
         # <method: before forward>
         # Noise before the forward pass: this step's loss is that of one draw of gates. The draw
         # depends on (seed, step) alone, so it is the same in all processes and in a resumed run.
-        # On a GPU the 2^32 keeps the noise apart from dropout's numbers. On a CPU it cannot: there
-        # the generator takes the seed modulo 2^32, and the two begin alike.
+        # On a GPU the 2^32 keeps the noise apart from dropout's numbers. (A CPU's generator takes
+        # the seed modulo 2^32: there both begin with the same numbers.)
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
         generator.manual_seed(2**32 + args.seed * 1_000_003 + step)
         for m in gated:
@@ -483,14 +484,15 @@ def main(args):
             loss = task_loss(net, batch, teacher)
 
         # <method: penalty>
-        # If you accumulate gradients, add the penalty once per step, not once per micro-batch.
+        # (In a loop that accumulates gradients: once per step, not once per micro-batch.)
         expected = expected_l0(scores)                  # E
         if args.penalty is not None:
             penalty = args.penalty * expected           # a true gradient; lambda is constant
             v = None                                    # an outcome, not a goal
         else:
             # A straight-through estimate: the forward pass uses k, a count, and the backward pass
-            # uses the gradient of E. E - E.detach() has the value 0, and the gradient of E.
+            # uses the gradient of E. (Adding E and subtracting E.detach() leaves the value as it
+            # is, but for rounding, and gives it the gradient of E.)
             share = open_gates(scores) / sum(s.numel() for s in scores)     # k
             excess = (share + expected - expected.detach()) / v - 1     # h
             mu1, mu2 = state["mu1"].float(), state["mu2"].float()
@@ -537,9 +539,10 @@ def main(args):
 
     # <method: bake>
     # Steering brings k close to the goal. close_gap does the rest: it moves the scores nearest to
-    # the threshold just across it. If few were left to move, z is about 0 there, and W * z hardly
-    # changes. Then W * z becomes the plain weight of a plain nn.Linear (torch reads it without
-    # gradients, so Gated.forward adds no noise).
+    # the threshold just across it. A gate that it opens gets a z of about 0.0001. A gate that it
+    # shuts had a z near 0, if few had to be shut. So W * z hardly changes. Then W * z becomes the
+    # plain weight of a plain nn.Linear (torch reads it without gradients, so Gated.forward adds no
+    # noise).
     goal = None
     if args.penalty is None:
         goal = args.sparsity

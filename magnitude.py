@@ -4,9 +4,10 @@ Papers: Zhu and Gupta 2017, arXiv 1710.01878; Sanh, Wolf and Rush 2020, arXiv 20
 Official code: huggingface/transformers-research-projects, movement-pruning, at fccd0cdab0.
 
 Fine-tune BERT on a task, but let each weight matrix compute with only its largest weights, those
-with the largest |W|. The others are masked: they count as 0, but they stay in the model. At first
-nothing is masked, then more and more. The belief behind it: a small weight adds little to a layer's
-output, so little is lost by masking it.
+with the largest |W|. The others are masked: they count as 0, but keep their values. The mask is
+made anew before each step. At first nothing is masked, then more and more. At the end the masked
+weights are set to 0, and the model is saved as a plain BERT. The belief behind it: a small weight
+adds little to a layer's output, so little is lost without it.
 
     M  = Top_v(|W|)         1 for the largest round(v n) of a matrix's n weights, else 0
     W' = W * M              the matrix of the forward pass
@@ -17,13 +18,13 @@ output, so little is lost by masking it.
                  The embeddings are frozen; everything else is trained. * is elementwise
     v            the fraction kept at step t of T: 1 until step t_i T, then the cubic above, then
                  v_f for the last t_f T steps. --sparsity sets v_f. t_i and t_f are fractions of the
-                 run, 0.05 and 0.3 on mini
+                 run, 0.05 and 0.3 in the mini preset
     dL/dW'       gradient of the loss L with respect to W'
 
-Can a masked weight come back? M is taken as a constant, so by the chain rule dL/dW = dL/dW' * M: a
-masked weight gets no gradient, and stands still once Adam's momentum has faded. From then on it
-comes back only if kept weights shrink below it. But as v falls, the smallest kept weight gets
-larger and larger, so almost no weight comes back.
+Can a masked weight come back? Within a step M is a constant, so by the chain rule
+dL/dW = dL/dW' * M: a masked weight gets no gradient, and stands still once Adam's momentum has
+faded. From then on it comes back only if kept weights shrink below it. But as v falls, the smallest
+kept weight gets larger and larger, so almost no weight comes back.
 
 The weakness: fine-tuning hardly moves a weight. What is large at the end was large after
 pre-training, whatever the task. So the task has little say in what is kept; mvp.py gives it more.
@@ -74,8 +75,8 @@ def schedule(step, steps, v_f, t_i, t_f):
     """v, the fraction to keep at a step, by eq. 5 of Sanh et al. Steps count from 0.
 
     1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. The cubic part
-    takes at least one step. (So in a run of a few steps the last v may be above v_f; the slot
-    "bake" prunes to v_f in any case.)
+    takes at least one step. (If t_f * steps is below 1, the last v is above v_f. The slot "bake"
+    prunes to v_f in any case.)
     """
     length = max(1.0, (1 - t_i - t_f) * steps)          # of the cubic part, in steps; never 0
     done = (step - t_i * steps) / length
@@ -86,7 +87,7 @@ def schedule(step, steps, v_f, t_i, t_f):
 def kth_largest(x, k):
     """The k-th largest of the n elements of a flat tensor, 1 <= k <= n, as a 0-dim tensor."""
     n = len(x)
-    if x.device.type == "cpu":                          # numpy selects without a sort
+    if x.device.type == "cpu":                          # numpy selects faster than kthvalue
         return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
     if k > n // 2:                                      # topk is fast for small k: count from below
         return x.topk(n - k + 1, largest=False, sorted=False).values.max()
@@ -119,7 +120,7 @@ def top_v(scores, v):
 # nothing but the bias. So each matrix first keeps its best 0.5 % (or v, if v is smaller).
 # Official: binarizer.py, line 53.
 def least_share(n):
-    """The least share of a matrix of n weights, as a fraction: int(0.005 n) + 1 of them."""
+    """The fraction of its n weights that a matrix keeps at least: int(0.005 n) + 1 of n."""
     return (int(0.005 * n) + 1) / n
 
 
@@ -139,10 +140,11 @@ def update_masks(masked, scores, v, scope="local"):
     else:
         sizes = [s.numel() for s in scores]
         ranked = torch.cat([s.flatten() for s in scores])               # (N,)
-        # In this copy, the scores of each matrix's least share (or v, if smaller) are raised to
-        # infinity, so that they rank first. Each matrix rounds its count, so together they can
-        # exceed round(v N): on mini, at v = 0.5 %, they are 3936, not 3932. Then the last matrices
-        # lose the surplus. (If round(v N) is less than the number of matrices, some are emptied.)
+        # `ranked` is a copy. In it the best scores of each matrix, its least share (or v, if
+        # smaller), become infinite, so that they rank first. Each matrix rounds its count, so
+        # together they can be more than round(v N): on mini, at v = 0.5 %, they are 3936, not 3932.
+        # Then top_v, which prefers the first of equal scores, drops those of the last matrices.
+        # (If round(v N) is less than the number of matrices, some matrices are emptied.)
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)
@@ -240,7 +242,7 @@ def flags():
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--checkpoint_every", type=number(int), default=500, help="in steps; BERT-base: 1 to 2 GB")
     # <method: flags>
-    add("--t_i", type=number(float, high=1), help="fraction of the steps before the first cut")
+    add("--t_i", type=number(float, high=1), help="fraction of the steps before pruning begins")
     add("--scope", default="local", choices=["local", "global"],
         help="rank the weights of each matrix by themselves, or those of all matrices together")
     # </method>

@@ -6,9 +6,10 @@ at b3700cc02f, pruners/MWA.py, class MWA.
 Before training we assume that most weights are close to 0 and some are not. We write this
 assumption, the prior, as a weighted sum of two normal densities centred on 0: a narrow spike and a
 wide slab. Training looks for the most probable weights, given the data and the prior. So a weight
-inside the spike is pulled strongly towards 0, and a larger one barely at all. At intervals the
-weights of smallest |w|, ranked over all matrices together, are set to 0, more of them each time.
-The hope: by then the prior has separated small weights from large ones, so little is lost.
+inside the spike, where the spike's term of the sum is the larger one, is pulled strongly towards 0,
+and a larger weight barely at all. At intervals the weights of smallest |w|, ranked over all
+matrices together, are set to 0, more of them each time. The hope: by then the prior has separated
+small weights from large ones, so little is lost.
 
     pi(w)    = lam p(w; s1) + (1 - lam) p(w; s0)      p(w; s): normal density at w, variance s
     g(w)     = (1 - lam) p(w; s0) / pi(w)             the spike's share of the density at w
@@ -16,33 +17,34 @@ The hope: by then the prior has separated small weights from large ones, so litt
     gradient = dL/dw + pull(w) / n                    what AdamW gets, up to the last zeroing
     v        = v_f + (v_i - v_f) (1 - (t - t_i T) / (T - t_i T - t_f T))^3
 
-    w            one of the N prunable weights: those of the six matrices, (out, in) each, of all
-                 encoder layers
-    lam          weight of the slab: 0.1 until t_i T, then linearly down to 1e-4 at T - t_f T; not
-                 the fraction kept: a smaller lam widens the spike a little. --mix fixes it, and
-                 with --mix 1 the pull is plain L2
+    w            one of the N prunable weights: those of the six matrices, (out, in) each, of each
+                 encoder layer (magnitude.py names them)
+    lam          weight of the slab: 0.1 until t_i T, then linearly down to 1e-4 at T - t_f T. It is
+                 not the fraction kept: it only shifts the |w| at which the slab takes over, from
+                 5e-5 to 6e-5. --mix fixes it, and with --mix 1 the pull is plain L2
     s0, s1       variances of spike and slab: --spike and --slab
     L            the loss, a mean of n terms, which each step estimates from a batch
     n            number of training examples (windows of text on SQuAD). If your loss is a mean over
                  tokens, as a language model's is, n is the number of tokens in all training data
     v            fraction left by a zeroing after t of T steps: it falls from v_i to v_f, which is
                  --sparsity, the fraction KEPT. v_i is 0.7 (0.5 for SQuAD and QNLI under the paper
-                 preset), or v_f if that is larger. t_i and t_f: fractions, as in magnitude.py
+                 preset), or v_f if that is larger. t_i and t_f are fractions of the run, 0.05 and
+                 0.3 in the mini preset
 
 The first zeroing comes after t_i T steps, the last after T - t_f T steps. In between there is one
 whenever t is a multiple of --interval. A zeroed weight is not masked: the next step moves it off 0
 again, and the next zeroing removes it again unless it has grown enough by then. At 0 it is in the
-middle of the spike: if steps are shorter than the spike is wide, the pull holds it there. After the
-last zeroing the gradient is dL/dw alone, and the zeros are put back after each step. (With the
-paper's t_f of 0 the run ends there.)
+middle of the spike: if AdamW's steps are shorter than the way from 0 to the spike's end, the pull
+keeps it inside. After the last zeroing the gradient is dL/dw alone, and the zeros are put back
+after each step. (With the paper's t_f of 0 the run ends there.)
 
-Is the hope fulfilled? Not in our runs. On mini's squad with 10 % kept, the spike costs five points
-of F1 against --mix 1, plain L2. With 3 % kept, and on the real SST-2, we saw no clear difference
-(results/why/README.md). A reason on mini: with --spike 1e-10 the slab takes over at about
-|w| = 5e-5, but an ordinary step of AdamW is up to ten times that, 5e-4. A weight that lands inside
-gets one huge gradient. That makes AdamW's step about three times as long, and momentum repeats it
-for some steps: the weight passes 0 and leaves the spike on the other side. Only shortly before the
-last zeroing, when steps have become shorter, does the spike hold weights.
+Is the hope fulfilled? Not in our runs. On mini's squad (the made-up questions in mini/) with 10 %
+kept, the spike costs five points of F1 against --mix 1, plain L2. With 3 % kept, and on the real
+SST-2, we saw no clear difference (results/why/README.md). A reason on mini: with --spike 1e-10 the
+spike ends at about |w| = 5e-5. But lr is 5e-4, and AdamW's step is up to lr long. A weight that
+lands inside gets one huge gradient. AdamW then makes a step of one to two lr, and momentum repeats
+it, weaker each time: the weight passes 0 and leaves the spike on the other side. Only shortly
+before the last zeroing does the spike hold weights. Why then, we have not tested.
 
 Unlike magnitude.py: zeros are written into the weights, all matrices are always ranked together, a
 matrix may lose all its weights, and no gradient is clipped. Unlike the author's code: exactly
@@ -91,8 +93,8 @@ def schedule(step, steps, v_f, t_i, t_f):
     """v, the fraction to keep at a step, by eq. 5 of Sanh et al. Steps count from 0.
 
     1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. The cubic part
-    takes at least one step. (So in a run of a few steps the last v may be above v_f; the slot
-    "bake" prunes to v_f in any case.)
+    takes at least one step. (If t_f * steps is below 1, the last v is above v_f. The slot "bake"
+    prunes to v_f in any case.)
     """
     length = max(1.0, (1 - t_i - t_f) * steps)          # of the cubic part, in steps; never 0
     done = (step - t_i * steps) / length
@@ -127,7 +129,9 @@ def mixing_weight(step, steps, t_i, t_f):
 # Training minimises
 #     -log posterior = (sum of the losses of n examples) - (sum of log pi(w) over all w) + constant
 # L is the mean of these losses, so we divide everything by n: the gradient is dL/dw + pull(w) / n.
-# (With --teacher, L is no longer the -log of a likelihood; the pull stays the same.)
+# (With --teacher, L is no longer the -log of a likelihood; the pull stays the same. For questions
+# transformers' L is the mean of two such losses, start's and end's, not their sum: the prior then
+# weighs twice as much.)
 #
 # The spike's share, by Bayes' rule, is g = (1 - lam) p(w; s0) / pi(w). Divide the numerator and the
 # denominator by the numerator: g = 1 / (1 + exp(c1 + c2 w^2)), with
@@ -156,7 +160,7 @@ def prior_gradient(w, lam, s0, s1):
 def kth_largest(x, k):
     """The k-th largest of the n elements of a flat tensor, 1 <= k <= n, as a 0-dim tensor."""
     n = len(x)
-    if x.device.type == "cpu":                          # numpy selects without a sort
+    if x.device.type == "cpu":                          # numpy selects faster than kthvalue
         return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
     if k > n // 2:                                      # topk is fast for small k: count from below
         return x.topk(n - k + 1, largest=False, sorted=False).values.max()
@@ -276,7 +280,7 @@ def flags():
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--checkpoint_every", type=number(int), default=500, help="in steps; BERT-base: 1 to 2 GB")
     # <method: flags>
-    add("--t_i", type=number(float, high=1), help="fraction of the steps before the first cut")
+    add("--t_i", type=number(float, high=1), help="fraction of the steps before pruning begins")
     add("--mix", type=number(float, high=1), help="fixed weight of the slab; 1: plain L2")
     add("--spike", type=number(float), help="variance of the spike")
     add("--slab", type=number(float), help="variance of the slab")
@@ -401,7 +405,7 @@ def main(args):
     if not layers:
         raise SystemExit("the model has no matrix to prune: give another --model")
     weights = [layer.weight for layer in layers.values()]   # W: (out, in) each, pruned in place
-    groups[0] |= args.adam
+    groups[0] |= args.adam                                  # betas and eps
     begin = math.ceil(args.t_i * args.steps)                # steps done at the first zeroing
     end = round((1 - args.t_f) * args.steps)                # and at the last
     # </method>
@@ -451,7 +455,7 @@ def main(args):
         t = step + 1                                        # steps done by then
         pulls = t <= end                                    # up to the last zeroing
         due = t in (begin, end) or (begin < t < end and t % args.interval == 0)
-        v = None                                            # no goal: zeros have moved off 0 again
+        v = None                                            # no goal between two zeroings
         if due or not pulls:
             v = fraction_left(t, args.steps, args.sparsity, args.t_i, args.t_f, args.v_i)
         # </method>
@@ -460,7 +464,7 @@ def main(args):
             loss = task_loss(net, batch, teacher)
 
         # <method: penalty>
-        penalty = torch.tensor(0.0)                     # the loss is the task's alone
+        penalty = torch.tensor(0.0)                     # none: the prior joins in the next slot
         # </method>
 
         optimizer.zero_grad()

@@ -29,14 +29,14 @@ magnitude.py. All else is identical: diff the two files. The official code can a
 at values other than 0; this file cannot. --sparsity is the fraction KEPT.
 
 A run can collapse: it ends at chance or not far above, often with the same answer for every input.
-On SST-2, with 10 % kept and a BERT of three layers, a run of 1,000 steps ended at chance (accuracy
-50.9 %). After 10,000 steps it was 81.3 %, and 78.4 % in as long a run of magnitude.py. (A bag of
-words, with no BERT at all, reaches 81.9 %.) What helps: more --steps, a shallower model, the
-penalty of soft_mvp.py, or a later start of pruning (--t_i: on mini with 10 % kept, one seed of ten
-collapses at 0.05, none at 0.3). Our reading of the cause: a low score only says that W should
-shrink a little, but the mask makes it 0 at once, however large W is. Training must repair the
-damage before more weights are masked. (Why a later start helps, this does not say.) The
-measurements are in results/why/README.md.
+On SST-2, with 10 % kept and a BERT of three layers, a run of 1,000 steps ended at chance, with an
+accuracy of 50.9 %. A run of 10,000 steps ended at 81.3 %. (magnitude.py, also with 10,000 steps,
+ended at 78.4 %. A bag of words, with no BERT at all, reaches 81.9 %.) What helps: more --steps, a
+shallower model, or the penalty of soft_mvp.py. A later start of pruning may help, too: on mini's
+squad with 10 % kept, one seed of ten collapsed with --t_i 0.05, and none with 0.3. Our reading of
+the cause: a low score only says that other weights are pushed away from 0 more steadily. But the
+mask cuts W to 0 at once, however large it is, and training must repair the damage before more
+weights are masked. The measurements are in results/why/README.md.
 
     python mvp.py --task squad --sparsity 0.1
 
@@ -78,8 +78,8 @@ def schedule(step, steps, v_f, t_i, t_f):
     """v, the fraction to keep at a step, by eq. 5 of Sanh et al. Steps count from 0.
 
     1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. The cubic part
-    takes at least one step. (So in a run of a few steps the last v may be above v_f; the slot
-    "bake" prunes to v_f in any case.)
+    takes at least one step. (If t_f * steps is below 1, the last v is above v_f. The slot "bake"
+    prunes to v_f in any case.)
     """
     length = max(1.0, (1 - t_i - t_f) * steps)          # of the cubic part, in steps; never 0
     done = (step - t_i * steps) / length
@@ -90,7 +90,7 @@ def schedule(step, steps, v_f, t_i, t_f):
 def kth_largest(x, k):
     """The k-th largest of the n elements of a flat tensor, 1 <= k <= n, as a 0-dim tensor."""
     n = len(x)
-    if x.device.type == "cpu":                          # numpy selects without a sort
+    if x.device.type == "cpu":                          # numpy selects faster than kthvalue
         return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
     if k > n // 2:                                      # topk is fast for small k: count from below
         return x.topk(n - k + 1, largest=False, sorted=False).values.max()
@@ -123,7 +123,7 @@ def top_v(scores, v):
 # nothing but the bias. So each matrix first keeps its best 0.5 % (or v, if v is smaller).
 # Official: binarizer.py, line 53.
 def least_share(n):
-    """The least share of a matrix of n weights, as a fraction: int(0.005 n) + 1 of them."""
+    """The fraction of its n weights that a matrix keeps at least: int(0.005 n) + 1 of n."""
     return (int(0.005 * n) + 1) / n
 
 
@@ -143,10 +143,11 @@ def update_masks(masked, scores, v, scope="local"):
     else:
         sizes = [s.numel() for s in scores]
         ranked = torch.cat([s.flatten() for s in scores])               # (N,)
-        # In this copy, the scores of each matrix's least share (or v, if smaller) are raised to
-        # infinity, so that they rank first. Each matrix rounds its count, so together they can
-        # exceed round(v N): on mini, at v = 0.5 %, they are 3936, not 3932. Then the last matrices
-        # lose the surplus. (If round(v N) is less than the number of matrices, some are emptied.)
+        # `ranked` is a copy. In it the best scores of each matrix, its least share (or v, if
+        # smaller), become infinite, so that they rank first. Each matrix rounds its count, so
+        # together they can be more than round(v N): on mini, at v = 0.5 %, they are 3936, not 3932.
+        # Then top_v, which prefers the first of equal scores, drops those of the last matrices.
+        # (If round(v N) is less than the number of matrices, some matrices are emptied.)
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)
@@ -174,12 +175,12 @@ def update_masks(masked, scores, v, scope="local"):
 # Plain gradient descent at a constant rate lr_S would make S = -lr_S times the sum over all steps
 # of dL/dW' * W. We use Adam and a rate that rises and falls, as the paper does. Adam divides each
 # step of a score by the recent size of its gradients. So S tells how steadily the gradient asked
-# for a larger |W|, whether or not W could move. It does not tell by how much.
+# for a larger |W| (of a masked W: for W instead of 0). It does not tell by how much.
 #
 # The mask is not saved in checkpoints: it is made anew before each forward pass.
-# Official: binarizer.py, lines 69-108, and masked_nn.py, line 104. There the function makes M
-# alone: autograd differentiates W * M, and the function passes the gradient of M on to S. The
-# result is the same.
+# Official: binarizer.py, lines 69-108, and masked_nn.py, line 104. There the autograd function
+# returns only M, and its backward pass hands the gradient of M on to S. Autograd differentiates
+# W * M. The result is the same.
 class StraightThrough(torch.autograd.Function):
     """W' = W * M, with a backward pass that takes 1 for the slope of M in S."""
 
@@ -278,7 +279,7 @@ def flags():
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--checkpoint_every", type=number(int), default=500, help="in steps; BERT-base: 1 to 2 GB")
     # <method: flags>
-    add("--t_i", type=number(float, high=1), help="fraction of the steps before the first cut")
+    add("--t_i", type=number(float, high=1), help="fraction of the steps before pruning begins")
     add("--score_lr", type=number(float), help="peak learning rate of the scores")
     add("--scope", default="local", choices=["local", "global"],
         help="rank the scores of each matrix by themselves, or those of all matrices together")
@@ -402,14 +403,14 @@ def main(args):
     if not layers:
         raise SystemExit("the model has no matrix to prune: give another --model")
     # From here on each read of layer.weight calls Masked.forward: the layer computes with W * M.
-    # `groups` holds W already and gets the scores below, so each parameter is in one group.
+    # W itself stays the parameter that is in `groups` already. The scores are new: they are added.
     masked = [Masked(layer.weight) for layer in layers.values()]
     for layer, m in zip(layers.values(), masked):
         parametrize.register_parametrization(layer, "weight", m)
     scores = [m.scores for m in masked]                 # S: (out, in) each
-    # Doubling --score_lr doubles all scores: they start at 0, and Adam's steps are proportional to
-    # the rate. Their order stays the same, and so do the masks (but not in soft_mvp.py). No weight
-    # decay, even where you copy this slot: it would make the scores forget the early steps.
+    # Here --score_lr does not change the masks: scores start at 0, and Adam's steps are
+    # proportional to the rate, so twice the rate gives twice the scores, in the same order. Weight
+    # decay would make the scores forget the early steps: keep it at 0 where you copy this slot.
     groups.append({"params": scores,
                    "lr": args.score_lr, "initial_lr": args.score_lr, "weight_decay": 0.0})
     # </method>

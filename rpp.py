@@ -18,6 +18,9 @@ weight that would cross 0 becomes 0:
 
     w_i = sign(a_i) max(|a_i| - lr gamma alpha_i, 0)
 
+If f0 needs a weight, Adam pushes it back in the next step; if not, it slides to 0. So the text has
+a say in what is kept, not the size of a weight alone.
+
 Why "reweighted"? Pruning is divided into rounds. In the first, each alpha_i is 1. When round k
 ends, alpha_i becomes 1 / (|w_i|^p + eps): from then on small weights are pulled harder than large
 ones.
@@ -30,18 +33,19 @@ ones.
     v            fraction kept: s + (1 - s) (1 - progress)^3. progress goes from 0 to 1 over the
                  rounds; s is --sparsity, the fraction KEPT
     p            min(k, 5), but 1 if --gamma is given
-    eps          1e-9
+    eps          1e-9 (from memory)
     recover      0.3: the last fraction of pre-training. The rounds are over, nothing is pulled any
                  more, and the weights that are left can grow back
 
-Our default is not the paper's method, as far as we know it: there gamma is fixed. So is p, at 1,
-which --gamma G therefore takes too. v, its cubic and recover are ours.
+Our default is not the paper's method, as far as we know it: there gamma is fixed, and p is probably
+1. --gamma G comes nearer to it, with p = 1. v, its cubic and recover are ours.
 
 After the rounds, and in fine-tuning, zeros stay 0. Much of this file is BERT's pre-training. The
-method is four short functions: prox, reweight, solve_gamma, proximal_step. --nip runs the paper's
-baseline instead: magnitude pruning in equal cuts ("stairs"), where a pruned weight stays 0.
---sparsity 1 is the control: it trains on the text and prunes nothing. The seconds in the last line
-do not include pre-training. A new run into the same folder deletes the old support.
+method is four short functions: prox, reweight, solve_gamma, proximal_step. Their v, p and rounds
+are set in main, below "where this step stands". --nip runs the paper's baseline instead (NIP; from
+memory, "new iterative pruning"): magnitude pruning in equal cuts, "stairs", where a pruned weight
+stays 0. --sparsity 1 is the control: it trains on the text and prunes nothing. The seconds in the
+last line do not include pre-training. A new run into the same folder deletes the old support.
 
     python rpp.py --task squad --sparsity 0.4
     python rpp.py --task mnli --sparsity 0.4 --support out/rpp-squad-0.4-s0    # another task
@@ -90,7 +94,7 @@ def largest_to_go(x, v):
         return 0.0
     if x.device.type == "cpu":                          # numpy selects without a sort
         return float(np.partition(x.numpy(), n_go - 1)[n_go - 1])
-    if n_go > len(x) // 2:                              # topk is quick for few: from the other end
+    if n_go > len(x) // 2:                              # topk is fast for small k: count from above
         return float(x.topk(len(x) - n_go + 1, sorted=False).values.min())
     return float(x.topk(n_go, largest=False, sorted=False).values.max())
 
@@ -98,11 +102,11 @@ def largest_to_go(x, v):
 # Why not add gamma sum_i alpha_i |w_i| to the loss? Its gradient would go through Adam, which
 # divides each gradient by that gradient's recent size. Where this term dominates, gamma scales both
 # the gradient and that size, and cancels: a larger gamma hardly changes the step. And such steps
-# hardly ever end at exactly 0. So Adam minimises f0 alone. Then the other term is minimised
-# exactly, but close to the point a that Adam has reached:
+# hardly ever end at exactly 0. So Adam minimises f0 alone. Then a second, small problem lowers the
+# other term without going far from a, the point that Adam has reached:
 #     w = argmin_x (x - a)^2 / 2 + threshold |x|,  threshold = lr gamma alpha
 # (Adam's real step length differs from weight to weight. Using the same lr in every threshold is a
-# choice.)
+# choice.) It has an exact solution.
 # For x > 0 the slope is x - a + threshold, which is 0 at x = a - threshold, if that is above 0.
 # For x < 0 it is 0 at a + threshold, if that is below 0. Where |a| <= threshold there is neither:
 # the minimum is the kink at 0.
@@ -121,11 +125,11 @@ def prox(a, threshold):
 # below 0.016 have about this alpha (|w|^5 < eps): among them only |a| decides, and a zero can come
 # back until the rounds are over.
 #
-# Why p = k? From memory, the paper writes |w|^(t). If (t) is the number of an iterate, as in the
-# lab's other code, then p = 1. If it is a power, then p is the round's number. The first reading is
-# likelier, but the second scores better on mini's questions with 10 % kept
-# (results/why/README.md), so it is the default here, up to 5. --gamma runs the paper's version, so
-# it takes the likelier p = 1.
+# Why p = k? From memory, the paper writes |w|^(t). If (t) only says which w is meant, that after
+# round t, as in the lab's other code, there is no power: p = 1. If it is a power, then p is the
+# round's number. The first reading is likelier, but the second scores better on mini's questions
+# with 10 % kept (results/why/README.md), so it is the default here, up to 5. --gamma is meant to
+# come near the paper, so it takes the likelier p = 1.
 def reweight(w, p, eps):
     """alpha = 1 / (|w|^p + eps), of w's shape."""
     return 1 / (w.abs() ** p + eps)
@@ -236,15 +240,15 @@ class PreTraining(nn.Module):
         self.model = model                                  # a BertForPreTraining
 
     def forward(self, labels, next_sentence_label, **batch):
-        """(MLM + NSP loss, which asked words are right (asked,), which pairs are (batch,))."""
+        """(MLM + NSP loss, is each asked word right: (asked,), is each pair right: (batch,))."""
         hidden, pooled = self.model.bert(**batch, return_dict=False)[:2]
         asked = torch.nonzero(labels >= 0, as_tuple=True)                   # rows and columns
-        words = self.model.cls.predictions(hidden[asked])                   # (asked, vocabulary)
+        logits = self.model.cls.predictions(hidden[asked])                  # (asked, vocabulary)
         order = self.model.cls.seq_relationship(pooled)                     # (batch, 2)
         labels = labels[asked]
-        mlm = F.cross_entropy(words, labels, reduction="sum") / max(1, len(labels))
+        mlm = F.cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))
         nsp = F.cross_entropy(order, next_sentence_label)
-        return mlm + nsp, words.argmax(-1) == labels, order.argmax(-1) == next_sentence_label
+        return mlm + nsp, logits.argmax(-1) == labels, order.argmax(-1) == next_sentence_label
 
 
 @torch.no_grad()
@@ -264,7 +268,7 @@ def accuracy(net, batches, device):
 # </method>
 
 # <method: hyper-parameters>
-# Fine-tuning: the values of magnitude.py, from the movement pruning paper. Pre-training under the
+# Fine-tuning: the values of magnitude.py. Pre-training under the
 # paper preset: rounds, lr, batch_size and eps are RPP's, from memory; the rest, and the mini
 # preset, are ours. --steps, --batch_size and --lr hold in both phases; --pretrain_steps overrides
 # --steps in pre-training. "*" holds for all tasks; a task's own values override it. warmup: the
@@ -355,8 +359,8 @@ def flags():
         help="fix gamma, as the paper does: it decides what is kept, not --sparsity")
     add("--rounds", type=number(int), help="alpha is reweighted after each")
     add("--nip", action="store_true", help="the paper's baseline: magnitude pruning in stairs")
-    add("--support", help="start from the pruned model in this folder: no pre-training, so its "
-                          "flags change nothing, and --sparsity only names --out")
+    add("--support", help="start from the pruned model in this folder: nothing is pre-trained, the "
+                          "flags of pre-training change nothing, and --sparsity only names --out")
     # </method>
     return parser
 
@@ -429,8 +433,12 @@ def main(args):
     if args.nip and args.gamma is not None:
         raise SystemExit("--nip prunes by size and has no gamma: give one of the two")
     phase = dict(args.pretrain)
-    for key in ("steps", "batch_size", "lr"):               # the command line goes before HYPER
+    for key in ("steps", "batch_size", "lr"):               # the command line overrides HYPER
         phase[key] = given.get(key, phase[key])
+    if args.pretrain_steps is None:
+        args.pretrain_steps = phase["steps"]
+    phase["steps"] = args.pretrain_steps
+    args.pretrain = phase                                   # for result.json
     if pretrains and phase["batch_size"] % world:
         raise SystemExit(f"pre-training's batches of {phase['batch_size']} do not split evenly "
                          f"over {world} processes: give a --batch_size that does")
@@ -491,8 +499,7 @@ def main(args):
         # every 20th document is held out; of fewer than 40, two or three
         every = min(20, len(documents) // 2)
         held_out = documents[::every]
-        documents = [text for i, text in enumerate(documents) if i % every]
-    found = None                                            # the BERT to prune, or pruned before
+        documents = [document for i, document in enumerate(documents) if i % every]
     lacking = []
     if args.support:
         folder = Path(args.support)
@@ -501,17 +508,17 @@ def main(args):
         elif (folder / "log.jsonl").exists():
             first_line = (folder / "log.jsonl").read_text().partition("\n")[0]
             if json.loads(first_line)["args"]["script"] == method:
-                raise SystemExit(f"--support {folder} has no support of its own: "
-                                 "give the one it had")
+                raise SystemExit(f"--support {folder} holds no support: give the one that this "
+                                 "run had, or let its pre-training end")
         try:
-            found, info = BertForPreTraining.from_pretrained(folder, output_loading_info=True)
+            pruned, info = BertForPreTraining.from_pretrained(folder, output_loading_info=True)
             lacking = info["missing_keys"]
         except Exception as error:
             raise SystemExit(f"--support {folder} cannot be loaded "
                              f"({str(error).strip().splitlines()[0]}): give the folder of a "
                              "pruned BERT, or of a run of rpp.py") from None
         shapes = []
-        for bert in (found.bert, model.bert):
+        for bert in (pruned.bert, model.bert):
             shapes.append([p.shape for key, p in bert.named_parameters() if "pooler" not in key])
         encoder = ("bert.embeddings", "bert.encoder")
         if shapes[0] != shapes[1] or any(key.startswith(encoder) for key in lacking):
@@ -532,12 +539,10 @@ def main(args):
     if rank == 0 and not args.resume:
         shutil.rmtree(support, ignore_errors=True)
         unfinished.unlink(missing_ok=True)
-    if pretrains and args.pretrain_steps is None:
-        args.pretrain_steps = phase["steps"]
     if support_done:
-        found = BertForPreTraining.from_pretrained(support)
+        pruned = BertForPreTraining.from_pretrained(support)
     elif pretrains:
-        steps = args.pretrain_steps
+        steps = phase["steps"]
         rounds_end = max(1, round((1 - phase["recover"]) * steps))   # steps until rounds end
         stairs = max(1, round((1 - args.sparsity) / 0.1))   # of --nip: about 10 % each, from memory
         length = min(phase["length"], tokenizer.model_max_length)
@@ -548,21 +553,21 @@ def main(args):
             rng = np.random.default_rng([i])                # the same pairs whatever the seed
             size = min(32, n_held - i)
             held_batches.append(mlm_nsp_batch(held_out, tokenizer, words, size, length, rng))
-        found, info = BertForPreTraining.from_pretrained(
+        pruned, info = BertForPreTraining.from_pretrained(
             args.model, dtype=torch.float32, output_loading_info=True)
-        found = found.to(device).train()
+        pruned = pruned.to(device).train()
         if info["missing_keys"]:
             print(f"{args.model} lacks a head, which starts anew: {sorted(info['missing_keys'])}")
-        weights = [layer.weight for layer in common.prunable(found).values()]   # w: (out, in) each
-        net = PreTraining(found)
+        weights = [layer.weight for layer in common.prunable(pruned).values()]   # w: (out, in) each
+        net = PreTraining(pruned)
         if world > 1:
             net = DDP(net, broadcast_buffers=False)
         optimizer = torch.optim.AdamW(
-            found.parameters(), weight_decay=0.0, fused=True)
-        saved = dict(step=0, alphas=[torch.ones_like(w) for w in weights])      # a new run's
+            pruned.parameters(), weight_decay=0.0, fused=True)
+        saved = dict(step=0, alphas=[torch.ones_like(w) for w in weights])      # where it starts
         if args.resume and unfinished.exists():
             saved = torch.load(unfinished, map_location=device)
-            found.load_state_dict(saved["model"])
+            pruned.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
         alphas = saved["alphas"]
         with autocast:
@@ -581,37 +586,35 @@ def main(args):
                 loss, _, _ = net(**batch)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(found.parameters(), args.clip)
+            nn.utils.clip_grad_norm_(pruned.parameters(), args.clip)
             # where this step stands: v, and p if a round ends with it
             done = step + 1
             progress = min(1.0, done / rounds_end)
-            left = (1 - progress) ** 3                      # the cubic of magnitude.py
             stairs_down = min(done, rounds_end) * stairs // rounds_end      # of --nip, by now
-            if args.nip:                                    # even stairs
-                left = 1 - stairs_down / stairs
-            v = args.sparsity + (1 - args.sparsity) * left
+            undone = (1 - progress) ** 3                    # of the pruning: magnitude.py's cubic
+            if args.nip:
+                undone = 1 - stairs_down / stairs           # even stairs
+            v = args.sparsity + (1 - args.sparsity) * undone
             k = done * args.rounds // rounds_end            # rounds that have ended by now
             p = None
             if k > step * args.rounds // rounds_end:        # one ends with this step
                 p = 1 if args.gamma else min(k, phase["p"])
             gamma = 0.0
-            holds = args.nip or step >= rounds_end          # zeros stay
-            if holds:
-                remains = [w != 0 for w in weights]         # (out, in) each
+            remains = [w != 0 for w in weights]             # (out, in) each
             optimizer.step()                                # the first half: w becomes a
-            if not holds:                                   # the second half, while rounds last
-                gamma = proximal_step(weights, alphas, v, lr, args.gamma, p, phase["eps"])
             with torch.no_grad():
-                if holds:                                   # Adam's step has moved the zeros
+                if args.nip or step >= rounds_end:          # Adam has moved zeros: put them back
                     for w, stays in zip(weights, remains):
                         w.masked_fill_(~stays, 0.0)
+                else:                                       # the second half, while rounds last
+                    gamma = proximal_step(weights, alphas, v, lr, args.gamma, p, phase["eps"])
                 if args.nip and stairs_down > step * stairs // rounds_end:
                     limit = largest_to_go(torch.cat([w.abs().flatten() for w in weights]), v)
                     for w in weights:
                         w.masked_fill_(w.abs() <= limit, 0.0)
 
             if rank == 0 and (done % 50 == 0 or done == steps):
-                kept = common.count_kept(found)[1]
+                kept = common.count_kept(pruned)[1]
                 print(f"pre-training step {done:05d}/{steps:05d}  loss {loss:.4f}  "
                       f"gamma {gamma:.2e}  kept {kept:.1%}  lr {lr:.1e}", flush=True)
                 line = dict(pretraining_step=done, loss=loss.item(),
@@ -622,28 +625,28 @@ def main(args):
                     raise SystemExit(f"the loss is {loss} at step {done}: give a smaller --lr")
             if rank == 0 and done % args.checkpoint_every == 0:
                 torch.save(dict(
-                    model=found.state_dict(), optimizer=optimizer.state_dict(),
+                    model=pruned.state_dict(), optimizer=optimizer.state_dict(),
                     alphas=alphas, step=done), out / "pretraining.part")
                 os.replace(out / "pretraining.part", unfinished)
         with autocast:
             last_scores = accuracy(net, held_batches, device)
         print(f"pre-training took {time.time() - started:.0f} s: before {first_scores}, "
               f"after {last_scores}")
-        if rank == 0:                                       # whole, or under another name
+        if rank == 0:                   # under another name first, so that it is whole or not there
             part = out / "support.part"
             shutil.rmtree(part, ignore_errors=True)
-            found.save_pretrained(part)
+            pruned.save_pretrained(part)
             tokenizer.save_pretrained(part)
             os.replace(part, support)
             unfinished.unlink(missing_ok=True)
         del net, optimizer, alphas, saved, weights, documents, held_batches     # room for the task
 
     # ---- fine-tuning starts from the support's encoder, embeddings and pooler, not its heads
-    parts = found.state_dict()
-    for key in lacking:                                     # not in --support: the model's stay
+    parts = pruned.state_dict()
+    for key in lacking:                                     # not in --support: model keeps its own
         parts.pop(key)
     model.load_state_dict(parts, strict=False)
-    del found, parts
+    del pruned, parts
     goal = None if args.gamma else args.sparsity
     if args.support:
         goal = common.count_kept(model)[1]

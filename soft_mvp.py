@@ -7,7 +7,8 @@ names for this method are "sigmoied_threshold" (sic; the mask) and "l1" (the pen
 Read mvp.py first: each weight has a score, which rises while fine-tuning pushes that weight away
 from 0. This file ranks the scores of all matrices together (mvp.py's --scope global is the default
 here), so the fraction kept may differ between matrices. It also adds to the loss a penalty that
-pushes all scores down. The comment above sigmoid_penalty explains what such a push can change.
+pushes all scores down. With Adam, the scores of weights that hardly change the loss sink first, we
+think; the comment above sigmoid_penalty says why.
 
     M  = 1 for round(v N) of all N scores, else 0: first the best 0.5 % of each matrix (or v, if
          that is smaller), then the highest of all others
@@ -27,7 +28,7 @@ weight whose sigmoid(S) is above a threshold tau, however many these are (hence 
 less than 0.5 % of each matrix. `--penalty LAMBDA` runs that version: tau = 0.1 r, lambda =
 LAMBDA r, and neither --sparsity nor --scope decides what is kept. (In the paper's runs on SQuAD,
 without a teacher, a LAMBDA of 500 kept 13.9 %, and 1400 kept 2.6 %.) For the same scores, some tau
-yields the mask of --scope global, except for ties and the best 0.5 % of each matrix.
+yields the mask of --scope global, except for ties, and for v below about 0.5 %.
 
 The paper's text differs from its code: in the text M = (S > tau), tau and lambda are constant, and
 R is a sum.
@@ -72,8 +73,8 @@ def schedule(step, steps, v_f, t_i, t_f):
     """v, the fraction to keep at a step, by eq. 5 of Sanh et al. Steps count from 0.
 
     1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. The cubic part
-    takes at least one step. (So in a run of a few steps the last v may be above v_f; the slot
-    "bake" prunes to v_f in any case.)
+    takes at least one step. (If t_f * steps is below 1, the last v is above v_f. The slot "bake"
+    prunes to v_f in any case.)
     """
     length = max(1.0, (1 - t_i - t_f) * steps)          # of the cubic part, in steps; never 0
     done = (step - t_i * steps) / length
@@ -84,7 +85,7 @@ def schedule(step, steps, v_f, t_i, t_f):
 def kth_largest(x, k):
     """The k-th largest of the n elements of a flat tensor, 1 <= k <= n, as a 0-dim tensor."""
     n = len(x)
-    if x.device.type == "cpu":                          # numpy selects without a sort
+    if x.device.type == "cpu":                          # numpy selects faster than kthvalue
         return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
     if k > n // 2:                                      # topk is fast for small k: count from below
         return x.topk(n - k + 1, largest=False, sorted=False).values.max()
@@ -117,7 +118,7 @@ def top_v(scores, v):
 # nothing but the bias. So each matrix first keeps its best 0.5 % (or v, if v is smaller).
 # Official: binarizer.py, line 53.
 def least_share(n):
-    """The least share of a matrix of n weights, as a fraction: int(0.005 n) + 1 of them."""
+    """The fraction of its n weights that a matrix keeps at least: int(0.005 n) + 1 of n."""
     return (int(0.005 * n) + 1) / n
 
 
@@ -137,10 +138,11 @@ def update_masks(masked, scores, v, scope="local"):
     else:
         sizes = [s.numel() for s in scores]
         ranked = torch.cat([s.flatten() for s in scores])               # (N,)
-        # In this copy, the scores of each matrix's least share (or v, if smaller) are raised to
-        # infinity, so that they rank first. Each matrix rounds its count, so together they can
-        # exceed round(v N): on mini, at v = 0.5 %, they are 3936, not 3932. Then the last matrices
-        # lose the surplus. (If round(v N) is less than the number of matrices, some are emptied.)
+        # `ranked` is a copy. In it the best scores of each matrix, its least share (or v, if
+        # smaller), become infinite, so that they rank first. Each matrix rounds its count, so
+        # together they can be more than round(v N): on mini, at v = 0.5 %, they are 3936, not 3932.
+        # Then top_v, which prefers the first of equal scores, drops those of the last matrices.
+        # (If round(v N) is less than the number of matrices, some matrices are emptied.)
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)
@@ -152,7 +154,8 @@ TAU_F = 0.1                                             # tau in the end, under 
 
 
 # Official: binarizer.py, lines 24-66. A weight can be cut only while its score is below logit(tau),
-# which ends at -2.2 (tau = 0.1). Here v plays no part: the least share is always int(0.005 n) + 1.
+# which ends at -2.2 (tau = 0.1). Unlike in update_masks, v does not count: the least share is
+# always int(0.005 n) + 1.
 @torch.no_grad()
 def update_masks_open(masked, scores, tau):
     """Write the masks of --penalty: M = (sigmoid(S) > tau), and the best 0.5 % of each matrix.
@@ -198,7 +201,8 @@ class Masked(nn.Module):
 
 # If the schedule decides how many weights stay, what can a penalty change? While the scores are
 # near 0, p is about the same for all scores of a matrix. In plain gradient descent p would lower
-# them all alike and leave their order as it is. (Later, p is smaller for scores farther from 0.)
+# them all alike and leave their order in the matrix as it is. (Later, p is smaller for scores
+# farther from 0.)
 #
 # Our reading is that Adam makes the difference. It moves a score by about -lr * mean / size, where
 # mean is the running mean of its gradients, and size their running root mean square. Without a
@@ -208,7 +212,7 @@ class Masked(nn.Module):
 # dL/dW' * W, and g its root mean square; neither contains p. The sign of this gradient changes from
 # batch to batch, so |m| is far below g. What matters then is how g compares with p:
 #     g far below p    mean / size is about 1:            the score sinks as fast as it can
-#     g far above p    mean / size is about (m + p) / g:  the score hardly moves
+#     g far above p    mean / size is about (m + p) / g:  p adds little to the m / g of mvp.py
 # Removing a kept W changes the loss of one batch by about -dL/dW' * W, and g is the usual size of
 # this change. So the scores of weights that hardly matter to the loss sink first. Direction still
 # counts: where |m| is larger than p, the sign of m decides, as in mvp.py.
@@ -238,8 +242,8 @@ def sigmoid_penalty(scores):
 # override it. warmup, t_i and t_f are fractions of all steps: lr rises during warmup, pruning
 # begins after t_i and ends t_f before the end. lr_end: the fraction of lr left after the last step.
 # length: the most tokens in one input. clip: the norm to which all gradients together are clipped.
-# score_lr: peak learning rate of the scores. lambda_f: our own value, the same for every goal. (In
-# the paper's runs on SQuAD, without a teacher, 800 kept 7.1 %, and 1100 kept 4.0 %.)
+# score_lr: peak learning rate of the scores. lambda_f: our own value, the same for every goal, and
+# about as large as those of the paper's runs.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
@@ -305,13 +309,13 @@ def flags():
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--checkpoint_every", type=number(int), default=500, help="in steps; BERT-base: 1 to 2 GB")
     # <method: flags>
-    add("--t_i", type=number(float, high=1), help="fraction of the steps before the first cut")
+    add("--t_i", type=number(float, high=1), help="fraction of the steps before pruning begins")
     add("--score_lr", type=number(float), help="peak learning rate of the scores")
     add("--scope", default="global", choices=["local", "global"],
         help="rank the scores of each matrix by themselves, or those of all matrices together")
     add("--penalty", type=number(float),
-        help="lambda of the official way: it decides what is kept, not --sparsity or --scope; so "
-             "name --out")
+        help="lambda of the official version: it decides what is kept, not --sparsity or --scope. "
+             "Give --out: its default is named after --sparsity")
     # </method>
     return parser
 
@@ -488,7 +492,7 @@ def main(args):
         # <method: before forward>
         # Masks first, so that this step's loss and gradients are those of the pruned network.
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
-        ramp = (1 - v) / (1 - args.sparsity)            # r, from v = 1 - (1 - v_f) r
+        ramp = (1 - v) / (1 - args.sparsity)            # r: the same for every --sparsity
         if args.penalty is None:
             update_masks(masked, scores, v, args.scope)
         else:
@@ -500,7 +504,7 @@ def main(args):
             loss = task_loss(net, batch, teacher)
 
         # <method: penalty>
-        # If you accumulate gradients, add the penalty once per step, not once per micro-batch.
+        # (In a loop that accumulates gradients: once per step, not once per micro-batch.)
         lam = args.lambda_f if args.penalty is None else args.penalty
         penalty = lam * ramp * sigmoid_penalty(scores)
         # </method>

@@ -52,8 +52,8 @@ def schedule(step, steps, v_f, t_i, t_f):
     """v, the fraction to keep at a step, by eq. 5 of Sanh et al. Steps count from 0.
 
     1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. The cubic part
-    takes at least one step. (So in a run of a few steps the last v may be above v_f; the slot
-    "bake" prunes to v_f in any case.)
+    takes at least one step. (If t_f * steps is below 1, the last v is above v_f. The slot "bake"
+    prunes to v_f in any case.)
     """
     length = max(1.0, (1 - t_i - t_f) * steps)          # of the cubic part, in steps; never 0
     done = (step - t_i * steps) / length
@@ -64,7 +64,7 @@ def schedule(step, steps, v_f, t_i, t_f):
 def kth_largest(x, k):
     """The k-th largest of the n elements of a flat tensor, 1 <= k <= n, as a 0-dim tensor."""
     n = len(x)
-    if x.device.type == "cpu":                          # numpy selects without a sort
+    if x.device.type == "cpu":                          # numpy selects faster than kthvalue
         return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
     if k > n // 2:                                      # topk is fast for small k: count from below
         return x.topk(n - k + 1, largest=False, sorted=False).values.max()
@@ -92,7 +92,7 @@ def top_v(scores, v):
 
 
 def least_share(n):
-    """The least share of a matrix of n weights, as a fraction: int(0.005 n) + 1 of them."""
+    """The fraction of its n weights that a matrix keeps at least: int(0.005 n) + 1 of n."""
     return (int(0.005 * n) + 1) / n
 
 
@@ -110,10 +110,11 @@ def update_masks(masked, scores, v, scope="local"):
     else:
         sizes = [s.numel() for s in scores]
         ranked = torch.cat([s.flatten() for s in scores])               # (N,)
-        # In this copy, the scores of each matrix's least share (or v, if smaller) are raised to
-        # infinity, so that they rank first. Each matrix rounds its count, so together they can
-        # exceed round(v N): on mini, at v = 0.5 %, they are 3936, not 3932. Then the last matrices
-        # lose the surplus. (If round(v N) is less than the number of matrices, some are emptied.)
+        # `ranked` is a copy. In it the best scores of each matrix, its least share (or v, if
+        # smaller), become infinite, so that they rank first. Each matrix rounds its count, so
+        # together they can be more than round(v N): on mini, at v = 0.5 %, they are 3936, not 3932.
+        # Then top_v, which prefers the first of equal scores, drops those of the last matrices.
+        # (If round(v N) is less than the number of matrices, some matrices are emptied.)
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)

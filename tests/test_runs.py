@@ -234,7 +234,7 @@ def test_support_serves_another_task(ended, data, tmp_path):
         assert torch.equal(layer.weight == 0, common.prunable(theirs)[name].weight == 0)
     words = arguments(data, tmp_path / "next", "--task", "tsv", "--support", tmp_path)
     process = start([sys.executable, "rpp.py", *words])
-    assert process.returncode == 1 and "no support of its own" in process.stderr
+    assert process.returncode == 1 and "holds no support" in process.stderr
 
 
 def test_missed_goal(data, tmp_path, monkeypatch, capsys):
