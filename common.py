@@ -539,6 +539,9 @@ def load_tokenizer(name):
 
 def check_teacher(name, data):
     """A teacher reads the student's batches: it needs the same task, words and length."""
+    if data.classes is NUMBER:
+        raise SystemExit(f"--teacher: {data.task} has no classes, so there is nothing to distil: "
+                         "leave it out")
     tokenizer = load_tokenizer(name)
     task = getattr(AutoConfig.from_pretrained(name), "finetuning_task", None)
     if task in TASKS and task != data.task:

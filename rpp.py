@@ -335,15 +335,15 @@ def flags():
     add = parser.add_argument
     cuda = torch.cuda.is_available()
     add("--task", default="squad", choices=common.TASKS,
-        help="tsv: your own classes, from DIR/tsv/train.tsv and dev.tsv with --data DIR")
+        help="tsv: your own texts and classes, DIR/tsv/train.tsv and dev.tsv with --data DIR")
     add("--sparsity", "--keep", type=number(float, high=1), default=0.03, metavar="V",
         help="fraction of the prunable weights KEPT: 0.03 keeps 3.00%% and prunes 97.00%%")
     add("--preset", choices=["mini", "paper"], default="paper" if cuda else "mini",
         help="the default is paper where CUDA is there, else mini")
     add("--model", help="a BERT: a folder, or a name on the hub")
     add("--data", help="folder of the data files")
-    add("--out", help="folder of the run; default out/<script>-<task>-<V>-s<seed>")
-    add("--seed", type=number(int, low=-1), default=0, help="for a new head, batches and dropout")
+    add("--out", help="folder, of this run alone; default out/<script>-<task>-<V>-s<seed>")
+    add("--seed", type=number(int, low=-1), default=0, help="of all random numbers")
     add("--steps", type=number(int), help="instead of the preset's steps or epochs")
     add("--batch_size", type=number(int), help="examples per step, over all processes together")
     add("--lr", type=number(float), help="peak learning rate of the weights")
@@ -375,8 +375,7 @@ def lr_factor(step, steps, warmup, lr_end):
 
 
 # Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; ours, 0.1 and
-# 0.9, are those of the movement pruning paper. SQuAD has two distributions, of start and end: both
-# KLs are taken in fp32 and averaged. STS-B has one number instead of classes, so its KL is 0.
+# 0.9, are those of the movement pruning paper. SQuAD has two KLs, of start and end: their mean.
 def task_loss(net, batch, teacher, temperature=2.0):
     """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student)."""
     out = net(**batch)
@@ -766,7 +765,7 @@ def main(args):
     checkpoint.unlink(missing_ok=True)
     print(line)
     if collapsed:
-        print("COLLAPSED: all answers alike. Try more steps, or soft_mvp.py: results/why/README.md")
+        print("COLLAPSED: all answers alike. Try more steps or soft_mvp.py (results/why/README.md)")
     if missed:
         sys.exit(3)
 

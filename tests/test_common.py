@@ -394,6 +394,9 @@ def test_teacher_must_fit(tmp_path, data, tokenizer):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match="was trained on mnli"):
         common.load_bert(str(tmp_path), task, teacher=True)
+    task.classes = common.NUMBER                                # as for stsb
+    with pytest.raises(SystemExit, match="nothing to distil"):
+        common.load_bert(str(tmp_path), task, teacher=True)
 
 
 def changed_bert(folder, weights=None, **config):
