@@ -84,7 +84,8 @@ GRIDS = {
         ("cola", 0.1, 1, ["magnitude", "soft_mvp", "mgpp"]),
     ],
     "squad_10000": [
-        ("squad", 0.3, 1, ["magnitude", "soft_mvp"]),
+        ("squad", 1, 1, DENSE),
+        ("squad", 0.3, 1, ["magnitude", "soft_mvp", "l0"]),
     ],
     "cola_10000": [
         ("cola", 1, 1, DENSE),
