@@ -35,21 +35,21 @@ MINI = Path(__file__).resolve().parent / "mini"
 SQUAD_URL = "https://rajpurkar.github.io/SQuAD-explorer/dataset/"
 SQUAD_DEV_SHA256 = "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9"
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
-SAME = ["0", "1"]
+ZERO_ONE = ["0", "1"]
 NLI = ["entailment", "neutral", "contradiction"]
 ENTAILS = ["entailment", "not_entailment"]
 NUMBER = ["score"]                              # no classes: the model has one output, a number
 
-# Where a task's files are, and the columns that it reads: text, for pairs text2, and label.
+# folder: of a task's files; archive: its zip at GLUE_URL; text, for pairs text2, label: columns.
 # classes: the names of the classes in order; None: those of the training file.
 Layout = collections.namedtuple("Layout", "folder archive text text2 label classes")
 TASKS = {
     "squad": None,                              # JSON: read_squad
     "mnli": Layout("glue/MNLI", "MNLI.zip", "sentence1", "sentence2", "gold_label", NLI),
-    "qqp": Layout("glue/QQP", "QQP-clean.zip", "question1", "question2", "is_duplicate", SAME),
-    "cola": Layout("glue/CoLA", "CoLA.zip", "sentence", None, "label", SAME),
-    "sst2": Layout("glue/SST-2", "SST-2.zip", "sentence", None, "label", SAME),
-    "mrpc": Layout("glue/MRPC", None, "#1 String", "#2 String", "Quality", SAME),
+    "qqp": Layout("glue/QQP", "QQP-clean.zip", "question1", "question2", "is_duplicate", ZERO_ONE),
+    "cola": Layout("glue/CoLA", "CoLA.zip", "sentence", None, "label", ZERO_ONE),
+    "sst2": Layout("glue/SST-2", "SST-2.zip", "sentence", None, "label", ZERO_ONE),
+    "mrpc": Layout("glue/MRPC", None, "#1 String", "#2 String", "Quality", ZERO_ONE),
     "stsb": Layout("glue/STS-B", "STS-B.zip", "sentence1", "sentence2", "score", NUMBER),
     "qnli": Layout("glue/QNLI", "QNLIv2.zip", "question", "sentence", "label", ENTAILS),
     "rte": Layout("glue/RTE", "RTE.zip", "sentence1", "sentence2", "label", ENTAILS),
@@ -57,13 +57,9 @@ TASKS = {
 }
 
 
-def dev_names(task):
-    return ["dev_matched", "dev_mismatched"] if task == "mnli" else ["dev"]
-
-
 def task_files(task, folder):
     """{name: path} of the task's files: train, and dev (of MNLI: dev_matched, dev_mismatched)."""
-    names = ["train", *dev_names(task)]
+    names = ["train", "dev_matched", "dev_mismatched"] if task == "mnli" else ["train", "dev"]
     if task == "squad":
         return {name: Path(folder) / "squad" / f"{name}-v1.1.json" for name in names}
     return {name: Path(folder) / TASKS[task].folder / f"{name}.tsv" for name in names}
@@ -102,7 +98,10 @@ def download(task, data):
         archive.unlink()
         raise SystemExit(f"{archive} was not downloaded whole: start again")
     for path in missing:
-        zipfile.ZipFile(archive).extract(f"{path.parent.name}/{path.name}", archive.parent)
+        path.parent.mkdir(exist_ok=True)
+        part = path.with_suffix(".part")        # renamed when it is whole
+        part.write_bytes(zipfile.ZipFile(archive).read(f"{path.parent.name}/{path.name}"))
+        part.rename(path)
 
 
 def read_text(path):
@@ -216,13 +215,13 @@ def whole_spans(spans, text):
     last_end = 0
     next_begins = [*(begin for begin, _ in spans[1:]), len(text)]
     for (begin, end), next_begin in zip(spans, next_begins):
-        first, last = begin, end
-        while first > last_end and not text[first - 1].isspace():
-            first -= 1
-        while last < next_begin and not text[last].isspace():
-            last += 1
-        whole[begin, end] = (first, last)
-        last_end = last
+        left, right = begin, end
+        while left > last_end and not text[left - 1].isspace():
+            left -= 1
+        while right < next_begin and not text[right].isspace():
+            right += 1
+        whole[begin, end] = (left, right)
+        last_end = right
     return whole
 
 
@@ -382,10 +381,8 @@ def glue_metrics(task, dev, logits, gold):
     """The task's own metrics. logits: (rows, classes), or (rows, 1) for STS-B; gold: (rows,)."""
     if task == "stsb":
         score = logits[:, 0]
-        return {
-            "pearson": correlation(score, gold),
-            "spearman": correlation(ranks(score), ranks(gold))
-        }
+        return {"pearson": correlation(score, gold),
+                "spearman": correlation(ranks(score), ranks(gold))}
     guess = logits.argmax(axis=1)
     if task == "cola":                          # Matthews' is Pearson's of two 0/1 variables
         return {"mcc": correlation(guess, gold)}
@@ -437,7 +434,7 @@ class Data:
         """The training features of this step, the next step, and so on, without end.
 
         An epoch is shuffled, and each stretch of 50 batches is sorted by length, for less padding.
-        Then the batches are shuffled. Each depends on (seed, step) alone.
+        Then the batches are shuffled. A batch depends on (seed, step, batch_size) alone.
         """
         an_epoch = max(1, len(self.train) // batch_size)
         lengths = np.array([len(feature["input_ids"]) for feature in self.train])
@@ -494,6 +491,8 @@ class Data:
                 chosen = order[at:at + 64]
                 part = [features[i] for i in chosen]
                 out = model(**self.collate(part, model.device, targets=False))
+                if not all(logits.isfinite().all() for logits in out.values()):
+                    raise SystemExit("the model's outputs are not finite: give a smaller --lr")
                 if self.task == "squad":
                     values = best_spans(out.start_logits, out.end_logits, part)
                     spreads += logit_spread(out.start_logits, out.end_logits, part).tolist()
@@ -556,7 +555,8 @@ def check_teacher(name, data):
 def order_head(model, folder, classes):
     """Put the rows of the folder's head, (classes, hidden), in the order of the data's classes."""
     theirs = [str(label) for _, label in sorted(model.config.id2label.items())]
-    if theirs == [f"LABEL_{i}" for i in range(len(classes))]:
+    nameless = [f"LABEL_{i}" for i in range(len(classes))]
+    if theirs == nameless and sorted(classes) != sorted(nameless):
         return                                  # its classes have no names: take its order as ours
     if sorted(theirs) != sorted(classes):
         raise SystemExit(f"{folder} has the classes {theirs}, and the data {classes}: give "
@@ -567,8 +567,7 @@ def order_head(model, folder, classes):
 
 
 def load_bert(name, data, teacher=False):
-    """A BERT with the task's head. The head is new if the folder has none; a teacher must have one.
-    """
+    """A BERT with the task's head, new if the folder has none. A teacher must have one."""
     if teacher:
         check_teacher(name, data)
     if data.task == "squad":

@@ -92,8 +92,8 @@ def schedule(step, steps, v_f, t_i, t_f):
     """v, the fraction to keep at a step, by eq. 5 of Sanh et al. Steps count from 0.
 
     1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. The cubic part
-    takes at least one step. (If t_f * steps is below 1, the last v is above v_f. The slot "bake"
-    prunes to v_f in any case.)
+    takes at least one step. (In a run of a few steps the last v can be above v_f. The slot
+    "bake" prunes to v_f in any case.)
     """
     length = max(1.0, (1 - t_i - t_f) * steps)          # of the cubic part, in steps; never 0
     done = (step - t_i * steps) / length
@@ -336,13 +336,14 @@ def main(args):
     inputs = {os.path.realpath(args.model), os.path.realpath(args.teacher or args.model)}
     if os.path.realpath(out) in inputs:
         raise SystemExit(f"--out {out} is the --model or --teacher folder too: give another")
-    if out.is_file() or (any(out.glob("*")) and not log.exists()):
+    begun = log.read_text() if log.exists() else ""
+    if out.is_file() or (any(out.glob("*")) and '"script":' not in begun):
         raise SystemExit(f"--out {out} holds something other than a run: give a new folder")
     settings = vars(args) | {"script": method, "processes": world, "out": None, "resume": None}
     if args.resume:
-        if not log.exists() or (out / "result.json").exists():
+        if not begun or (out / "result.json").exists():
             raise SystemExit(f"--resume: {out} holds no unfinished run: give the --out of one")
-        before = json.loads(log.read_text().partition("\n")[0])["args"]
+        before = json.loads(begun.partition("\n")[0])["args"]
         differ = sorted(name for name in settings if before.get(name) != settings[name])
         if differ:
             raise SystemExit(f"{out} was begun with another {', '.join(differ)}: repeat its flags")
@@ -352,8 +353,6 @@ def main(args):
                          f"{1 - args.t_f:g}")
     if args.sparsity == 1:
         raise SystemExit("--sparsity 1 prunes nothing: use python magnitude.py --sparsity 1")
-    if args.penalty is not None and rank == 0:
-        print("--penalty decides what is kept: --sparsity is no goal of this run")
     # </method>
 
     # ---- device and precision
@@ -435,7 +434,8 @@ def main(args):
         log.write_text(json.dumps(dict(step=0, seconds=0.0, args=settings)) + "\n")
 
     # <method: before the loop>
-    # nothing: it prunes while it fine-tunes
+    if args.penalty is not None:
+        print("--penalty decides what is kept: --sparsity is no goal of this run")
     # </method>
 
     # ---- optimizer: no weight decay, so that the loss and the method alone move a weight

@@ -20,8 +20,8 @@ small weights from large ones, so little is lost.
     w            one of the N prunable weights: those of the six matrices, (out, in) each, of each
                  encoder layer (magnitude.py names them)
     lam          weight of the slab: 0.1 until t_i T, then linearly down to 1e-4 at T - t_f T. It is
-                 not the fraction kept: it only shifts the |w| at which the slab takes over, from
-                 5e-5 to 6e-5. --mix fixes it, and with --mix 1 the pull is plain L2
+                 not the fraction kept: it only shifts the |w| at which the slab takes over, with
+                 mini's s0 and s1 from 5e-5 to 6e-5. --mix fixes lam; --mix 1 is plain L2
     s0, s1       variances of spike and slab: --spike and --slab
     L            the loss, a mean of n terms, which each step estimates from a batch
     n            number of training examples (windows of text on SQuAD). If your loss is a mean over
@@ -41,10 +41,11 @@ after each step. (With the paper's t_f of 0 the run ends there.)
 Is the hope fulfilled? Not in our runs. On mini's squad (the made-up questions in mini/) with 10 %
 kept, the spike costs five points of F1 against --mix 1, plain L2. With 3 % kept, and on the real
 SST-2, we saw no clear difference (results/why/README.md). A reason on mini: with --spike 1e-10 the
-spike ends at about |w| = 5e-5. But lr is 5e-4, and AdamW's step is up to lr long. A weight that
-lands inside gets one huge gradient. AdamW then makes a step of one to two lr, and momentum repeats
-it, weaker each time: the weight passes 0 and leaves the spike on the other side. Only shortly
-before the last zeroing does the spike hold weights. Why then, we have not tested.
+spike ends at about |w| = 5e-5. But lr is 5e-4, and a usual step of AdamW is up to lr long. A weight
+that lands inside, and not at 0, gets one huge gradient. AdamW then makes a longer step, of one to
+two lr, and momentum repeats it, weaker each time: the weight passes 0 and leaves the spike on the
+other side. Only shortly before the last zeroing do weights stay in the spike from step to step.
+Why then, we have not tested.
 
 Unlike magnitude.py: zeros are written into the weights, all matrices are always ranked together, a
 matrix may lose all its weights, and no gradient is clipped. Unlike the author's code: exactly
@@ -93,8 +94,8 @@ def schedule(step, steps, v_f, t_i, t_f):
     """v, the fraction to keep at a step, by eq. 5 of Sanh et al. Steps count from 0.
 
     1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. The cubic part
-    takes at least one step. (If t_f * steps is below 1, the last v is above v_f. The slot "bake"
-    prunes to v_f in any case.)
+    takes at least one step. (In a run of a few steps the last v can be above v_f. The slot
+    "bake" prunes to v_f in any case.)
     """
     length = max(1.0, (1 - t_i - t_f) * steps)          # of the cubic part, in steps; never 0
     done = (step - t_i * steps) / length
@@ -203,14 +204,14 @@ def zero_smallest(weights, v):
 # </method>
 
 # <method: hyper-parameters>
-# The paper preset's values are from the paper's table and the author's scripts, for the tasks that
-# have an entry; those of other tasks, and the mini preset, are ours. "*" holds for all tasks; a
-# task's own values override it. warmup, t_i and t_f are fractions of all steps: lr rises during
-# warmup, the first zeroing comes after t_i, and the last one t_f before the end. lr_end: the
-# fraction of lr that is left after the last step. v_i: fraction kept at the first zeroing. spike,
-# slab: variances. interval: steps between zeroings. length: the most tokens in one input. clip: so
-# high that nothing is clipped. adam: AdamW's betas and eps; on mini and for squad torch's defaults,
-# as in the other five files.
+# For the tasks that have a line of their own under "paper" below, the values are from the paper's
+# table and the author's scripts; those of other tasks, and the mini preset, are ours. "*" holds for
+# all tasks; a task's own values override it. warmup, t_i and t_f are fractions of all steps: lr
+# rises during warmup, the first zeroing comes after t_i, and the last one t_f before the end.
+# lr_end: the fraction of lr that is left after the last step. v_i: fraction kept at the first
+# zeroing. spike, slab: variances. interval: steps between zeroings. length: the most tokens in one
+# input. clip: so high that nothing is clipped. adam: AdamW's betas and eps; on mini and for squad
+# torch's defaults, as in the other five files.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
@@ -333,13 +334,14 @@ def main(args):
     inputs = {os.path.realpath(args.model), os.path.realpath(args.teacher or args.model)}
     if os.path.realpath(out) in inputs:
         raise SystemExit(f"--out {out} is the --model or --teacher folder too: give another")
-    if out.is_file() or (any(out.glob("*")) and not log.exists()):
+    begun = log.read_text() if log.exists() else ""
+    if out.is_file() or (any(out.glob("*")) and '"script":' not in begun):
         raise SystemExit(f"--out {out} holds something other than a run: give a new folder")
     settings = vars(args) | {"script": method, "processes": world, "out": None, "resume": None}
     if args.resume:
-        if not log.exists() or (out / "result.json").exists():
+        if not begun or (out / "result.json").exists():
             raise SystemExit(f"--resume: {out} holds no unfinished run: give the --out of one")
-        before = json.loads(log.read_text().partition("\n")[0])["args"]
+        before = json.loads(begun.partition("\n")[0])["args"]
         differ = sorted(name for name in settings if before.get(name) != settings[name])
         if differ:
             raise SystemExit(f"{out} was begun with another {', '.join(differ)}: repeat its flags")
@@ -455,7 +457,7 @@ def main(args):
         pulls = t <= end                                    # up to the last zeroing
         due = t in (begin, end) or (begin < t < end and t % args.interval == 0)
         v = None                                            # no goal between two zeroings
-        if due or not pulls:
+        if due or not pulls:                                # after the last zeroing for the log
             v = fraction_left(t, args.steps, args.sparsity, args.t_i, args.t_f, args.v_i)
         # </method>
 
@@ -476,7 +478,7 @@ def main(args):
         # The pull ends with the last zeroing. Nothing is clipped (clip is 1e30): the pull is large,
         # and clipping would shrink the loss's gradient together with it.
         if pulls:
-            lam = args.mix or mixing_weight(step, args.steps, args.t_i, args.t_f)
+            lam = args.mix or mixing_weight(step, args.steps, args.t_i, args.t_f)   # before step t
             for w in weights:
                 pull = prior_gradient(w.detach(), lam, args.spike, args.slab)
                 w.grad.add_(pull, alpha=1 / len(data.train))                    # 1 / n

@@ -21,7 +21,8 @@ are ranked together.)
 Where dL/dW' * W is negative, a step of gradient descent moves a kept W away from 0, and raises S.
 Where it is positive, the step moves W towards 0, and lowers S. The belief behind it: a weight that
 the task pushes away from 0 is one that the task needs. Why learn a score, and not just measure how
-far W has moved? A masked W stands still. Its score goes on learning, so it can come back.
+far W has moved? A masked W stands still, once Adam's momentum has faded. Its score goes on
+learning, so it can come back.
 
 Unlike magnitude.py, this file ranks scores instead of |W|. The scores are learned, and a
 hand-written backward pass gives them their gradient. --sparsity 1, a dense run, is left to
@@ -29,14 +30,15 @@ magnitude.py. All else is identical: diff the two files. The official code can a
 at values other than 0; this file cannot. --sparsity is the fraction KEPT.
 
 A run can collapse: it ends at chance or not far above, often with the same answer for every input.
-On SST-2, with 10 % kept and a BERT of three layers, a run of 1,000 steps ended at chance, with an
-accuracy of 50.9 %. A run of 10,000 steps ended at 81.3 %. (magnitude.py, also with 10,000 steps,
-ended at 78.4 %. A bag of words, with no BERT at all, reaches 81.9 %.) What helps: more --steps, a
-shallower model, or the penalty of soft_mvp.py. A later start of pruning may help, too: on mini's
-squad with 10 % kept, one seed of ten collapsed with --t_i 0.05, and none with 0.3. Our reading of
-the cause: a low score only says that other weights are pushed away from 0 more steadily. But the
-mask cuts W to 0 at once, however large it is, and training must repair the damage before more
-weights are masked. The measurements are in results/why/README.md.
+On the real SST-2, with 10 % kept and a BERT of three layers, a run of 1,000 steps ended at chance,
+with an accuracy of 50.9 %. A run of 10,000 steps ended at 81.3 %. (magnitude.py, also with 10,000
+steps, ended at 78.4 %. A bag of words, with no BERT at all, reaches 81.9 %.) What helps: more
+--steps, a shallower model, or the penalty of soft_mvp.py. A later start of pruning may help, too:
+on mini's squad with 10 % kept, one seed of ten collapsed with --t_i 0.05, and none with 0.3. Our
+reading of the cause: a score is low only in comparison. That others are higher does not mean that
+the network can do without W. But the mask cuts W to 0 at once, however large it is, and training
+must repair the damage before more weights are masked. The measurements are in
+results/why/README.md.
 
     python mvp.py --task squad --sparsity 0.1
 
@@ -78,8 +80,8 @@ def schedule(step, steps, v_f, t_i, t_f):
     """v, the fraction to keep at a step, by eq. 5 of Sanh et al. Steps count from 0.
 
     1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. The cubic part
-    takes at least one step. (If t_f * steps is below 1, the last v is above v_f. The slot "bake"
-    prunes to v_f in any case.)
+    takes at least one step. (In a run of a few steps the last v can be above v_f. The slot
+    "bake" prunes to v_f in any case.)
     """
     length = max(1.0, (1 - t_i - t_f) * steps)          # of the cubic part, in steps; never 0
     done = (step - t_i * steps) / length
@@ -167,19 +169,17 @@ def update_masks(masked, scores, v, scope="local"):
 # at the threshold, where it is infinite. (Top_v also switches another weight off in return; that is
 # ignored.)
 #
-# What does the sign mean? Gradient descent moves a kept W along -dL/dW'. If dL/dW' * W is
-# negative, W moves away from 0, and S rises. If it is positive, W moves towards 0, and S falls. A
-# masked W stands still, once Adam's momentum has faded, but its score goes on learning. So it can
-# come back.
-#
 # Plain gradient descent at a constant rate lr_S would make S = -lr_S times the sum over all steps
 # of dL/dW' * W. We use Adam and a rate that rises and falls, as the paper does. Adam divides each
-# step of a score by the recent size of its gradients. So S tells how steadily the gradient asked
-# for a larger |W| (of a masked W: for W instead of 0). It does not tell by how much.
+# step of a score by the recent size of its gradients: while they agree in sign, steps are about as
+# long as the rate, and where signs change, steps are short. So S tells how steadily the gradient
+# asked for a larger |W| (of a masked W: for W instead of 0). It does not tell by how much.
 #
 # The mask is not saved in checkpoints: it is made anew before each forward pass.
+# Without a class of its own, W * (M + (S - S.detach())) does the same: S - S.detach() is 0, and its
+# slope in S is 1.
 # Official: binarizer.py, lines 69-108, and masked_nn.py, line 104. There the autograd function
-# returns only M, and its backward pass hands the gradient of M on to S. Autograd differentiates
+# returns only M, its backward pass hands the gradient of M on to S, and autograd differentiates
 # W * M. The result is the same.
 class StraightThrough(torch.autograd.Function):
     """W' = W * M, with a backward pass that takes 1 for the slope of M in S."""
@@ -331,13 +331,14 @@ def main(args):
     inputs = {os.path.realpath(args.model), os.path.realpath(args.teacher or args.model)}
     if os.path.realpath(out) in inputs:
         raise SystemExit(f"--out {out} is the --model or --teacher folder too: give another")
-    if out.is_file() or (any(out.glob("*")) and not log.exists()):
+    begun = log.read_text() if log.exists() else ""
+    if out.is_file() or (any(out.glob("*")) and '"script":' not in begun):
         raise SystemExit(f"--out {out} holds something other than a run: give a new folder")
     settings = vars(args) | {"script": method, "processes": world, "out": None, "resume": None}
     if args.resume:
-        if not log.exists() or (out / "result.json").exists():
+        if not begun or (out / "result.json").exists():
             raise SystemExit(f"--resume: {out} holds no unfinished run: give the --out of one")
-        before = json.loads(log.read_text().partition("\n")[0])["args"]
+        before = json.loads(begun.partition("\n")[0])["args"]
         differ = sorted(name for name in settings if before.get(name) != settings[name])
         if differ:
             raise SystemExit(f"{out} was begun with another {', '.join(differ)}: repeat its flags")
@@ -407,9 +408,10 @@ def main(args):
     for layer, m in zip(layers.values(), masked):
         parametrize.register_parametrization(layer, "weight", m)
     scores = [m.scores for m in masked]                 # S: (out, in) each
-    # Here --score_lr does not change the masks: scores start at 0, and Adam's steps are
-    # proportional to the rate, so twice the rate gives twice the scores, in the same order. Weight
-    # decay would make the scores forget the early steps: keep it at 0 where you copy this slot.
+    # Unlike in soft_mvp.py and l0.py, --score_lr does not change the masks: scores start at 0, and
+    # Adam's steps are proportional to the rate, so twice the rate gives twice the scores, in the
+    # same order. Weight decay would make the scores forget the early steps: keep it at 0 where you
+    # copy this slot.
     groups.append({"params": scores,
                    "lr": args.score_lr, "initial_lr": args.score_lr, "weight_decay": 0.0})
     # </method>

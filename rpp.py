@@ -42,10 +42,11 @@ Our default is not the paper's method, as far as we know it: there gamma is fixe
 
 After the rounds, and in fine-tuning, zeros stay 0. Much of this file is BERT's pre-training. The
 method is four short functions: prox, reweight, solve_gamma, proximal_step. Their v, p and rounds
-are set in main, below "where this step stands". --nip runs the paper's baseline instead (NIP; from
-memory, "new iterative pruning"): magnitude pruning in equal cuts, "stairs", where a pruned weight
-stays 0. --sparsity 1 is the control: it trains on the text and prunes nothing. The seconds in the
-last line do not include pre-training. A new run into the same folder deletes the old support.
+are computed in main, at "where this step stands". --nip runs the paper's baseline instead (NIP;
+from memory, "new iterative pruning"): magnitude pruning in equal cuts, "stairs", where a pruned
+weight stays 0. --sparsity 1 (without --gamma) is the control: it trains on the text and prunes
+nothing. The seconds in the last line do not include pre-training. A new run into the same folder
+deletes the old support.
 
     python rpp.py --task squad --sparsity 0.4
     python rpp.py --task mnli --sparsity 0.4 --support out/rpp-squad-0.4-s0    # another task
@@ -106,7 +107,7 @@ def largest_to_go(x, v):
 # other term without going far from a, the point that Adam has reached:
 #     w = argmin_x (x - a)^2 / 2 + threshold |x|,  threshold = lr gamma alpha
 # (Adam's real step length differs from weight to weight. Using the same lr in every threshold is a
-# choice.) It has an exact solution.
+# choice.) This small problem has an exact solution.
 # For x > 0 the slope is x - a + threshold, which is 0 at x = a - threshold, if that is above 0.
 # For x < 0 it is 0 at a + threshold, if that is below 0. Where |a| <= threshold there is neither:
 # the minimum is the kink at 0.
@@ -116,17 +117,17 @@ def prox(a, threshold):
 
 
 # Why divide by |w|? Right after a reweighting with p = 1, each nonzero weight adds about
-# |w| / |w| = 1 to sum_i alpha_i |w_i|: the sum counts them. A larger p pulls small weights harder
-# still.
+# |w| / |w| = 1 to sum_i alpha_i |w_i|: the sum counts them. A larger p sets small weights further
+# apart from large ones, but eps makes the smallest ones equal.
 #
 # Can a zero come back? Adam moves zeros too. Until the round ends, a new zero keeps its old alpha,
-# so later pulls may be too weak to return it to 0. When the round ends, its alpha becomes 1 / eps.
-# With p = 1 no other weight is pulled nearly as hard, so it stays at 0. With p = 5 all weights well
-# below 0.016 have about this alpha (|w|^5 < eps): among them only |a| decides, and a zero can come
-# back until the rounds are over.
+# so later pulls may be too weak to return it to 0. If it is 0 when the round ends, its alpha
+# becomes 1 / eps. With p = 1 no other weight is pulled nearly as hard, so it stays at 0. With p = 5
+# all weights well below 0.016 have about this alpha (|w|^5 < eps): among them only |a| decides, and
+# a zero can come back until the rounds are over.
 #
-# Why p = k? From memory, the paper writes |w|^(t). If (t) only says which w is meant, that after
-# round t, as in the lab's other code, there is no power: p = 1. If it is a power, then p is the
+# Why p = k? From memory, the paper writes |w|^(t). Perhaps (t) only numbers w: the w after round t,
+# as in the lab's other code. Then there is no power, and p = 1. Or it is a power: then p is the
 # round's number. The first reading is likelier, but the second scores better on mini's questions
 # with 10 % kept (results/why/README.md), so it is the default here, up to 5. --gamma is meant to
 # come near the paper, so it takes the likelier p = 1.
@@ -139,7 +140,7 @@ def solve_gamma(weights, alphas, v, lr):
     """The gamma, a float, at which the proximal step leaves round(v N) of all N weights.
 
     A weight becomes 0 if |a| <= lr gamma alpha, that is, if |a| / alpha <= lr gamma. Rounding can
-    shift the count by one or two; equal quotients go together. weights, alphas: (out, in) each.
+    shift the count by a few; equal quotients go together. weights, alphas: (out, in) each.
     """
     quotients = [(a.abs() / alpha).flatten() for a, alpha in zip(weights, alphas)]
     return largest_to_go(torch.cat(quotients), v) / lr
@@ -189,7 +190,7 @@ def draw_pair(documents, length, rng):
     home = int(rng.integers(len(documents)))
     document = documents[home]
     first = int(rng.integers(max(1, len(document) - 1)))
-    most = max(1, min(len(document) - first - 1, length // 8))      # lines, of 8 tokens or more
+    most = max(1, min(len(document) - first - 1, length // 8))      # lines; 8 tokens each would do
     n_lines = 1 + int(rng.integers(most))
     second = first + n_lines
     a = sum(document[first:second], [])
@@ -356,7 +357,7 @@ def flags():
     add("--pretrain_steps", type=number(int),
         help="steps of pre-training; without it --steps, or the preset's")
     add("--gamma", type=number(float),
-        help="fix gamma, as the paper does: it decides what is kept, not --sparsity")
+        help="fix gamma, as in the paper (from memory): it decides what is kept, not --sparsity")
     add("--rounds", type=number(int), help="alpha is reweighted after each")
     add("--nip", action="store_true", help="the paper's baseline: magnitude pruning in stairs")
     add("--support", help="start from the pruned model in this folder: nothing is pre-trained, the "
@@ -409,13 +410,14 @@ def main(args):
     inputs = {os.path.realpath(args.model), os.path.realpath(args.teacher or args.model)}
     if os.path.realpath(out) in inputs:
         raise SystemExit(f"--out {out} is the --model or --teacher folder too: give another")
-    if out.is_file() or (any(out.glob("*")) and not log.exists()):
+    begun = log.read_text() if log.exists() else ""
+    if out.is_file() or (any(out.glob("*")) and '"script":' not in begun):
         raise SystemExit(f"--out {out} holds something other than a run: give a new folder")
     settings = vars(args) | {"script": method, "processes": world, "out": None, "resume": None}
     if args.resume:
-        if not log.exists() or (out / "result.json").exists():
+        if not begun or (out / "result.json").exists():
             raise SystemExit(f"--resume: {out} holds no unfinished run: give the --out of one")
-        before = json.loads(log.read_text().partition("\n")[0])["args"]
+        before = json.loads(begun.partition("\n")[0])["args"]
         differ = sorted(name for name in settings if before.get(name) != settings[name])
         if differ:
             raise SystemExit(f"{out} was begun with another {', '.join(differ)}: repeat its flags")
@@ -434,9 +436,7 @@ def main(args):
     phase = dict(args.pretrain)
     for key in ("steps", "batch_size", "lr"):               # the command line overrides HYPER
         phase[key] = given.get(key, phase[key])
-    if args.pretrain_steps is None:
-        args.pretrain_steps = phase["steps"]
-    phase["steps"] = args.pretrain_steps
+    phase["steps"] = args.pretrain_steps or phase["steps"]
     args.pretrain = phase                                   # for result.json
     if pretrains and phase["batch_size"] % world:
         raise SystemExit(f"pre-training's batches of {phase['batch_size']} do not split evenly "
@@ -514,7 +514,7 @@ def main(args):
             lacking = info["missing_keys"]
         except Exception as error:
             raise SystemExit(f"--support {folder} cannot be loaded "
-                             f"({str(error).strip().splitlines()[0]}): give the folder of a "
+                             f"({common.first_line(error)}): give the folder of a "
                              "pruned BERT, or of a run of rpp.py") from None
         shapes = []
         for bert in (pruned.bert, model.bert):
@@ -589,24 +589,24 @@ def main(args):
             # where this step stands: v, and p if a round ends with it
             done = step + 1
             progress = min(1.0, done / rounds_end)
-            stairs_down = min(done, rounds_end) * stairs // rounds_end      # of --nip, by now
-            undone = (1 - progress) ** 3                    # of the pruning: magnitude.py's cubic
+            undone = (1 - progress) ** 3                    # share of pruning to be done: the cubic
+            stairs_down = min(done, rounds_end) * stairs // rounds_end
             if args.nip:
-                undone = 1 - stairs_down / stairs           # even stairs
+                undone = 1 - stairs_down / stairs           # even stairs instead
             v = args.sparsity + (1 - args.sparsity) * undone
             k = done * args.rounds // rounds_end            # rounds that have ended by now
             p = None
             if k > step * args.rounds // rounds_end:        # one ends with this step
                 p = 1 if args.gamma else min(k, phase["p"])
             gamma = 0.0
-            remains = [w != 0 for w in weights]             # (out, in) each
+            zeros = [w == 0 for w in weights]               # (out, in) each
             optimizer.step()                                # the first half: w becomes a
             with torch.no_grad():
-                if args.nip or step >= rounds_end:          # Adam has moved zeros: put them back
-                    for w, stays in zip(weights, remains):
-                        w.masked_fill_(~stays, 0.0)
-                else:                                       # the second half, while rounds last
+                if step < rounds_end and not args.nip:      # the second half, while rounds last
                     gamma = proximal_step(weights, alphas, v, lr, args.gamma, p, phase["eps"])
+                else:                                       # after that, or with --nip: zeros stay
+                    for w, zero in zip(weights, zeros):
+                        w.masked_fill_(zero, 0.0)
                 if args.nip and stairs_down > step * stairs // rounds_end:
                     limit = largest_to_go(torch.cat([w.abs().flatten() for w in weights]), v)
                     for w in weights:
@@ -629,8 +629,8 @@ def main(args):
                 os.replace(out / "pretraining.part", unfinished)
         with autocast:
             last_scores = accuracy(net, held_batches, device)
-        print(f"pre-training took {time.time() - started:.0f} s: before {first_scores}, "
-              f"after {last_scores}")
+        print(f"pre-training from step {saved['step']} took {time.time() - started:.0f} s: "
+              f"before {first_scores}, after {last_scores}")
         if rank == 0:                   # under another name first, so that it is whole or not there
             part = out / "support.part"
             shutil.rmtree(part, ignore_errors=True)
@@ -698,9 +698,9 @@ def main(args):
 
         # <method: gradient>
         # Before the optimizer: a weight whose gradients were all 0 has moments of 0, and AdamW
-        # leaves it at 0. Before clipping, so that pruned weights do not count in the norm. (In
-        # pre-training a weight has moments from before it was pruned, so there we restore the zeros
-        # after each step.)
+        # leaves it at 0. Before clipping, so that pruned weights do not count in the norm. (After
+        # the rounds of pre-training a weight still has moments from before it was pruned, so there
+        # its zero is restored after each step.)
         for layer, stays in zip(layers.values(), remains):
             layer.weight.grad.mul_(stays)
         # </method>

@@ -52,8 +52,8 @@ def schedule(step, steps, v_f, t_i, t_f):
     """v, the fraction to keep at a step, by eq. 5 of Sanh et al. Steps count from 0.
 
     1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. The cubic part
-    takes at least one step. (If t_f * steps is below 1, the last v is above v_f. The slot "bake"
-    prunes to v_f in any case.)
+    takes at least one step. (In a run of a few steps the last v can be above v_f. The slot
+    "bake" prunes to v_f in any case.)
     """
     length = max(1.0, (1 - t_i - t_f) * steps)          # of the cubic part, in steps; never 0
     done = (step - t_i * steps) / length

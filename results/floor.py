@@ -103,24 +103,22 @@ def metrics_of(task, dev, logits):
 
 def classification(task, folder):
     """{guesser: metrics}"""
-    files = common.TASKS[task]
-    labels = files.labels
+    classes = common.TASKS[task].classes
     dev = {}
-    for name in ["train", *common.dev_names(task)]:
-        path = folder / files.folder / f"{name}.tsv"
-        dev[name], labels = common.read_tsv(path, task, labels)
+    for name, path in common.task_files(task, folder).items():
+        dev[name], classes = common.read_tsv(path, task, classes)
     train = dev.pop("train")
     counts = np.bincount([label for _, _, label in train])
     constants = {"majority class": counts == counts.max()}              # (classes,)
     if task in ("qqp", "mrpc"):                 # their F1 is that of the class 1, duplicate
-        constants["always duplicate"] = np.arange(len(labels)) == 1
+        constants["always duplicate"] = np.arange(len(classes)) == 1
     scores = {}
     for guesser, constant in constants.items():
         logits = {name: np.tile(constant, (len(dev[name]), 1)) for name in dev}
         scores[guesser] = metrics_of(task, dev, logits)
     runs = []
     for seed in range(5):
-        logits = bag_of_words(train, dev, len(labels), seed)
+        logits = bag_of_words(train, dev, len(classes), seed)
         runs.append(metrics_of(task, dev, logits))
     scores["bag of words"] = {
         name: np.mean([run[name] for run in runs])

@@ -473,3 +473,6 @@ def test_evaluate_is_the_plain_models(data, tokenizer):
     assert task.evaluate(model) == ({"acc": pytest.approx(100 * right)}, False)
     model.classifier.bias.data[1] += 1000       # now each guess is 1, and half of them are right
     assert task.evaluate(model) == ({"acc": 50.0}, True)
+    model.classifier.bias.data[1] = np.nan      # the last step was too long
+    with pytest.raises(SystemExit, match="not finite: give a smaller --lr"):
+        task.evaluate(model)

@@ -69,6 +69,13 @@ def test_out_with_something_else(data, tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
+def test_out_with_a_log_of_something_else(data, tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"loss": 1}\n')
+    for flags in ([], ["--resume"]):
+        assert "something other than a run" in fails("mvp", data, tmp_path, *flags)
+    assert (tmp_path / "log.jsonl").read_text() == '{"loss": 1}\n'
+
+
 def test_out_is_the_model(data, tmp_path):
     shutil.copytree(BERT, tmp_path / "bert")
     (tmp_path / "bert" / "log.jsonl").write_text("")
@@ -87,7 +94,7 @@ def test_rpp_mistakes(data, tmp_path):
     assert "is empty" in fails("rpp", data, tmp_path / "b", "--corpus", tmp_path / "empty.txt")
     assert "cannot be loaded" in fails("rpp", data, tmp_path / "c", "--support", "nowhere")
     (tmp_path / "d").mkdir()
-    (tmp_path / "d" / "log.jsonl").write_text("")
+    (tmp_path / "d" / "log.jsonl").write_text('{"args": {"script": "rpp"}}')
     assert "holds the --support" in fails("rpp", data, tmp_path / "d", "--support", tmp_path / "d")
     shutil.copytree(BERT, tmp_path / "d" / "support")       # a run would write its own there
     for flag in ("--support", "--model"):

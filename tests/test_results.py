@@ -71,3 +71,19 @@ def test_docstrings_and_exercises_quote_the_default_runs():
     assert len(exercises) == 5
     for name, stated in exercises:
         assert stated == f1[name, 0.5 if name == "two_of_four" else 0.1]
+
+
+def test_floor_of_a_classification(data):
+    """The majority class, counted by hand; and a bag of words, where one word tells the class."""
+    spec = importlib.util.spec_from_file_location("floor", ROOT / "results" / "floor.py")
+    floor = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(floor)
+    labels = []
+    for name in ("train", "dev_matched"):
+        lines = (data / "glue" / "MNLI" / f"{name}.tsv").read_text().split("\n")[1:-1]
+        labels.append([line.split("\t")[-1] for line in lines])
+    most = max(set(labels[0]), key=labels[0].count)
+    found = floor.classification("mnli", data)
+    right = 100 * labels[1].count(most) / len(labels[1])
+    assert found["majority class"]["acc"] == pytest.approx(right)
+    assert set(found["bag of words"]) == {"acc", "acc_mm"}
