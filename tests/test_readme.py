@@ -230,8 +230,8 @@ def test_findings():
     assert "beat magnitude by {}, {} and {} points".format(*above) in real.replace("\n", " ")
     words = [f"{slowly(script, '0.1') - floor('real', 'sst2'):.1f}"
              for script in ("soft_mvp", "l0", "mvp")]
-    assert "by only {}, {} and {} (error".format(*words) in real
-    stated = re.findall(r"([\d.]+) after ([\d,]+)", time)
+    assert "by {}, {} and {} (error".format(*words) in real
+    stated = re.findall(r"([\d.]+) in (?:a run|one) of ([\d,]+)", time)
     assert len(stated) >= 3
     for accuracy, steps in stated:
         row, = records("why/speed.tsv", script="mvp", layers="3", steps=steps.replace(",", ""),
@@ -241,8 +241,8 @@ def test_findings():
                             ("soft movement", "soft_mvp", "0.3"), ("dense", "magnitude", "1")):
         row, = records("squad11.tsv", method=method, task="squad", sparsity=v)
         assert f"{name} {f1(row):.1f}" in many
-    for name, method in (("magnitude", "magnitude"), ("soft movement", "soft_mvp")):
-        row, = records("squad_10000.tsv", method=method)
+    for name, method in (("magnitude", "magnitude"), ("soft movement", "soft_mvp"), ("L0", "l0")):
+        row, = records("squad_10000.tsv", method=method, sparsity="0.3")
         assert f"{name} {f1(row):.1f}" in many.split("10,000 steps:")[1]
     questions = [seeds("mini.tsv", method, v, 1).split(" ")[0]
                  for method, v in (("rpp", "0.4"), ("magnitude", "1"))]
