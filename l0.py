@@ -6,9 +6,10 @@ huggingface/transformers-research-projects, movement-pruning, at fccd0cdab0.
 
 We would like to minimise the number of weights that are not 0, but a count has no gradient. So each
 weight is multiplied by a random gate z. A learned score S, the paper's log alpha, sets the
-probability that the gate is open (z > 0). This probability has a gradient, and is penalised: the
-penalty pushes all scores down. Where dL/dW' * W is negative, more of W would lower the loss, and
-the loss's gradient pushes S up. Weights stay where this push outweighs the penalty.
+probability that the gate is open (z > 0). This probability has a gradient, and is penalised: while
+too much is kept, the penalty pushes all scores down. Where dL/dW' * W is negative, more of W would
+lower the loss, and the loss's gradient pushes S up. Weights stay where this push outweighs the
+penalty.
 
     q  = sigmoid((y + S) / beta)             y: logistic noise, drawn anew at each step
     z  = clamp(q (zeta - gamma) + gamma, 0, 1)      q stretched to (gamma, zeta), then cut
@@ -31,24 +32,25 @@ Why noise? A gate that is shut passes no gradient of the loss. With noise it ope
 its weight can come back. Counting, evaluating and saving use neither noise nor beta: there
 q = sigmoid(S), and the gate is open where S exceeds log(-gamma / zeta) = -2.398. (Both official
 codes drop beta here; with it the threshold would be -1.6.) What is saved is W * z with this z. E
-differs from k for two reasons. E averages probabilities where k counts: at the threshold P is 0.31.
-And in E a small matrix weighs as much as a large one.
+differs from k for two reasons. k counts a gate as 0 or 1, and E takes its probability, which is
+0.31 at the threshold. And in E a small matrix weighs as much as a large one.
 
 Sanh et al. minimise L + lambda E with a constant lambda, and keep the weights whose gates are open
 at the end, however many these are. `--penalty LAMBDA` does that; v then plays no part. (In their
 runs on SQuAD, without a teacher, a LAMBDA of 175 kept 9.8 %, and 600 kept 2.9 %.) By default you
 choose the fraction kept, and two multipliers steer k to v, as in the augmented Lagrangian of Wang,
 Wohlwend and Lei 2020, arXiv 1910.04732. mu1 grows while k is above v and falls while k is below.
-mu2 h^2 presses harder the larger the gap is. The cubic of v, the form of h and the step sizes 2 and
-60 are ours. (The step sizes are large because E is an average: one score hardly changes it.)
+mu2 h^2 presses harder the larger the gap is; together they push a score with (mu1 + 2 mu2 h) / v
+times the gradient of E. That v falls by magnitude.py's cubic, the form of h, and the step sizes 2
+and 60 are ours. (They are large, because the gradient of E in one score is tiny, about 1 / N.)
 
     minimise  L + mu1 h + mu2 h^2,   after each step mu1 += 2 h and mu2 += 60 h^2
 
-Unlike in mvp.py, the gate is random and takes any value from 0 to 1, the threshold is fixed, and a
-matrix may lose all its weights. Louizos et al. have one gate per input neuron, clamp S, add an L2
-penalty on W, and keep a running average of W; the movement code does none of this, nor does this
-file. Train for 1,000 steps or more: in shorter runs k lags behind v. --sparsity is the fraction
-KEPT.
+Unlike in mvp.py, the gate is random and takes any value from 0 to 1, the threshold is fixed, and no
+matrix has a count of its own: it may lose all its weights. Louizos et al. have one gate per input
+neuron, clamp S, add an L2 penalty on W, and keep a running average of W; the movement code does
+none of this, nor does this file. Train for 1,000 steps or more: in shorter runs k lags behind v.
+--sparsity is the fraction KEPT.
 
     python l0.py --task squad --sparsity 0.03
 
@@ -84,7 +86,9 @@ import common
 
 # Why gradually? A pruned weight takes its share of the work with it, and the other weights need
 # some steps to take that over. Why a cubic? Zhu and Gupta chose it because it is steep at first,
-# when many weights are of little use, and flat at the end, when each pruned weight is missed.
+# when many weights are of little use, and flat at the end, when each pruned weight is missed. Why
+# wait until t_i, and rest for the last t_f? The model first has to learn its task, and at the end
+# the weights that are left get time to adapt.
 # Official: masked_run_squad.py, lines 72-92. There t_i and t_f are numbers of steps that do not
 # grow with the run, so a short run ends before pruning starts. Steps count from 1 there (in
 # masked_run_glue.py from 0, as here).
@@ -122,8 +126,8 @@ def top_v(scores, v):
     flat = scores.flatten()                             # (n,)
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)
-    stays = flat >= threshold                           # k of them, or more where scores are equal
-    # Too many stay if several equal the threshold: keep only the first of those. On a GPU this is
+    stays = flat >= threshold                           # k of them, or more if scores are equal
+    # If more scores than needed equal the threshold, only the first of those stay. On a GPU this is
     # always done, because checking whether it is needed would make Python wait for the GPU.
     if flat.is_cuda or torch.count_nonzero(stays) > k:
         above = flat > threshold
@@ -266,7 +270,7 @@ def flags():
     add = parser.add_argument
     cuda = torch.cuda.is_available()
     add("--task", default="squad", choices=common.TASKS,
-        help="tsv: your own texts and classes, DIR/tsv/train.tsv and dev.tsv with --data DIR")
+        help="tsv: your own data, DIR/tsv/train.tsv and DIR/tsv/dev.tsv, with --data DIR")
     add("--sparsity", "--keep", type=number(float, high=1), default=0.03, metavar="V",
         help="fraction of the prunable weights KEPT: 0.03 keeps 3.00%% and prunes 97.00%%")
     add("--preset", choices=["mini", "paper"], default="paper" if cuda else "mini",
@@ -302,7 +306,7 @@ def lr_factor(step, steps, warmup, lr_end):
 
 
 # Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; ours, 0.1 and
-# 0.9, are those of the movement pruning paper. SQuAD has two KLs, of start and end: their mean.
+# 0.9, are those of the movement pruning paper. SQuAD has two KLs, start's and end's: their mean.
 def task_loss(net, batch, teacher, temperature=2.0):
     """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student)."""
     out = net(**batch)
@@ -465,13 +469,13 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        # The slots set v, the fraction to keep at this step (None: no goal); penalty, added to the
-        # loss; and, outside the loop, goal, the fraction to keep in the end (None: no goal).
+        # The frame reads from the slots: v, the fraction to keep at this step; penalty, added to
+        # the loss; after the loop, goal, the fraction to keep in the end. None: there is no goal.
         # <method: before forward>
         # Noise before the forward pass: this step's loss is that of one draw of gates. The draw
         # depends on (seed, step) alone, so it is the same in all processes and in a resumed run.
         # On a GPU the 2^32 keeps the noise apart from dropout's numbers. (A CPU's generator takes
-        # the seed modulo 2^32: there both begin with the same numbers.)
+        # the seed modulo 2^32: with one process, noise and dropout there begin alike.)
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
         generator.manual_seed(2**32 + args.seed * 1_000_003 + step)
         for m in gated:
@@ -486,7 +490,7 @@ def main(args):
         # (In a loop that accumulates gradients: once per step, not once per micro-batch.)
         expected = expected_l0(scores)                  # E
         if args.penalty is not None:
-            penalty = args.penalty * expected           # a true gradient; lambda is constant
+            penalty = args.penalty * expected           # E itself: no estimate is needed
             v = None                                    # an outcome, not a goal
         else:
             # A straight-through estimate: the forward pass uses k, a count, and the backward pass

@@ -23,8 +23,8 @@ adds little to a layer's output, so little is lost without it.
 
 Can a masked weight come back? Within a step M is a constant, so by the chain rule
 dL/dW = dL/dW' * M: a masked weight gets no gradient, and stands still once Adam's momentum has
-faded. From then on it comes back only if kept weights shrink below it. But as v falls, the smallest
-kept weight gets larger and larger, so almost no weight comes back.
+faded. From then on it comes back only if kept weights shrink below it. But while v falls, the
+smallest kept weight gets larger and larger, so hardly any weight comes back.
 
 The weakness: fine-tuning hardly moves a weight. What is large at the end was large after
 pre-training, whatever the task. So the task has little say in what is kept; mvp.py gives it more.
@@ -67,7 +67,9 @@ import common
 
 # Why gradually? A pruned weight takes its share of the work with it, and the other weights need
 # some steps to take that over. Why a cubic? Zhu and Gupta chose it because it is steep at first,
-# when many weights are of little use, and flat at the end, when each pruned weight is missed.
+# when many weights are of little use, and flat at the end, when each pruned weight is missed. Why
+# wait until t_i, and rest for the last t_f? The model first has to learn its task, and at the end
+# the weights that are left get time to adapt.
 # Official: masked_run_squad.py, lines 72-92. There t_i and t_f are numbers of steps that do not
 # grow with the run, so a short run ends before pruning starts. Steps count from 1 there (in
 # masked_run_glue.py from 0, as here).
@@ -105,8 +107,8 @@ def top_v(scores, v):
     flat = scores.flatten()                             # (n,)
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)
-    stays = flat >= threshold                           # k of them, or more where scores are equal
-    # Too many stay if several equal the threshold: keep only the first of those. On a GPU this is
+    stays = flat >= threshold                           # k of them, or more if scores are equal
+    # If more scores than needed equal the threshold, only the first of those stay. On a GPU this is
     # always done, because checking whether it is needed would make Python wait for the GPU.
     if flat.is_cuda or torch.count_nonzero(stays) > k:
         above = flat > threshold
@@ -143,8 +145,8 @@ def update_masks(masked, scores, v, scope="local"):
         # `ranked` is a copy. In it the best scores of each matrix, its least share (or v, if
         # smaller), become infinite, so that they rank first. Each matrix rounds its count, so
         # together they can be more than round(v N): on mini, at v = 0.5 %, they are 3936, not 3932.
-        # Then top_v, which prefers the first of equal scores, drops those of the last matrices.
-        # (If round(v N) is less than the number of matrices, some matrices are emptied.)
+        # Then top_v keeps the first round(v N) of them: the surplus in the last matrix goes. (If
+        # round(v N) is less than the number of matrices, some matrices are emptied.)
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)
@@ -225,7 +227,7 @@ def flags():
     add = parser.add_argument
     cuda = torch.cuda.is_available()
     add("--task", default="squad", choices=common.TASKS,
-        help="tsv: your own texts and classes, DIR/tsv/train.tsv and dev.tsv with --data DIR")
+        help="tsv: your own data, DIR/tsv/train.tsv and DIR/tsv/dev.tsv, with --data DIR")
     add("--sparsity", "--keep", type=number(float, high=1), default=0.03, metavar="V",
         help="fraction of the prunable weights KEPT: 0.03 keeps 3.00%% and prunes 97.00%%")
     add("--preset", choices=["mini", "paper"], default="paper" if cuda else "mini",
@@ -259,7 +261,7 @@ def lr_factor(step, steps, warmup, lr_end):
 
 
 # Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; ours, 0.1 and
-# 0.9, are those of the movement pruning paper. SQuAD has two KLs, of start and end: their mean.
+# 0.9, are those of the movement pruning paper. SQuAD has two KLs, start's and end's: their mean.
 def task_loss(net, batch, teacher, temperature=2.0):
     """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student)."""
     out = net(**batch)
@@ -409,8 +411,8 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        # The slots set v, the fraction to keep at this step (None: no goal); penalty, added to the
-        # loss; and, outside the loop, goal, the fraction to keep in the end (None: no goal).
+        # The frame reads from the slots: v, the fraction to keep at this step; penalty, added to
+        # the loss; after the loop, goal, the fraction to keep in the end. None: there is no goal.
         # <method: before forward>
         # Masks first, so that this step's loss and gradients are those of the pruned network.
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)

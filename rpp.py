@@ -336,7 +336,7 @@ def flags():
     add = parser.add_argument
     cuda = torch.cuda.is_available()
     add("--task", default="squad", choices=common.TASKS,
-        help="tsv: your own texts and classes, DIR/tsv/train.tsv and dev.tsv with --data DIR")
+        help="tsv: your own data, DIR/tsv/train.tsv and DIR/tsv/dev.tsv, with --data DIR")
     add("--sparsity", "--keep", type=number(float, high=1), default=0.03, metavar="V",
         help="fraction of the prunable weights KEPT: 0.03 keeps 3.00%% and prunes 97.00%%")
     add("--preset", choices=["mini", "paper"], default="paper" if cuda else "mini",
@@ -376,7 +376,7 @@ def lr_factor(step, steps, warmup, lr_end):
 
 
 # Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; ours, 0.1 and
-# 0.9, are those of the movement pruning paper. SQuAD has two KLs, of start and end: their mean.
+# 0.9, are those of the movement pruning paper. SQuAD has two KLs, start's and end's: their mean.
 def task_loss(net, batch, teacher, temperature=2.0):
     """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student)."""
     out = net(**batch)
@@ -680,8 +680,8 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        # The slots set v, the fraction to keep at this step (None: no goal); penalty, added to the
-        # loss; and, outside the loop, goal, the fraction to keep in the end (None: no goal).
+        # The frame reads from the slots: v, the fraction to keep at this step; penalty, added to
+        # the loss; after the loop, goal, the fraction to keep in the end. None: there is no goal.
         # <method: before forward>
         v = goal                                        # nothing more is pruned
         # </method>

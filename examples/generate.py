@@ -131,8 +131,8 @@ def top_v(scores, v):
     flat = scores.flatten()                             # (n,)
     k = max(1, round(v * len(flat)))
     threshold = kth_largest(flat, k)
-    stays = flat >= threshold                           # k of them, or more where scores are equal
-    # Too many stay if several equal the threshold: keep only the first of those. On a GPU this is
+    stays = flat >= threshold                           # k of them, or more if scores are equal
+    # If more scores than needed equal the threshold, only the first of those stay. On a GPU this is
     # always done, because checking whether it is needed would make Python wait for the GPU.
     if flat.is_cuda or torch.count_nonzero(stays) > k:
         above = flat > threshold
@@ -178,8 +178,8 @@ def update_masks(masked, scores, v, scope="local"):
         # `ranked` is a copy. In it the best scores of each matrix, its least share (or v, if
         # smaller), become infinite, so that they rank first. Each matrix rounds its count, so
         # together they can be more than round(v N): on mini, at v = 0.5 %, they are 3936, not 3932.
-        # Then top_v, which prefers the first of equal scores, drops those of the last matrices.
-        # (If round(v N) is less than the number of matrices, some matrices are emptied.)
+        # Then top_v keeps the first round(v N) of them: the surplus in the last matrix goes. (If
+        # round(v N) is less than the number of matrices, some matrices are emptied.)
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)
