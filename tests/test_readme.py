@@ -5,6 +5,7 @@ import re
 import shlex
 from itertools import repeat
 from textwrap import dedent, indent
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -66,12 +67,20 @@ def test_a_method_alone():
 SLOT = re.compile(r"(?ms)^ *# <method: ([^>\n]*)>\n(.*?)^ *# </method>\n")
 
 
-def test_loop_runs_as_printed(tmp_path, monkeypatch):
-    """The loop, with soft_mvp.py's slots pasted in, on a few texts."""
-    slots = dict(SLOT.findall((ROOT / "soft_mvp.py").read_text()))
+OWN = re.findall(r"(?m)^\| (\w+) \| `(\w+=.*)` \|$", COPYING)
+
+
+@pytest.mark.parametrize("method, own", OWN)
+def test_loop_runs_as_printed(tmp_path, monkeypatch, method, own):
+    """The loop, with each script's slots and own values pasted in, on a few texts."""
+    slots = dict(SLOT.findall((ROOT / f"{method}.py").read_text()))
+    loop, = blocks("python", COPYING)
+    lines = loop.split("\n")
+    place, = [i for i, line in enumerate(lines) if line.endswith("# soft_mvp's")]
+    assert lines[place].split(")")[0].strip() == dict(OWN)["soft_mvp"]
+    lines[place] = f"    {own})"
     pasted = re.sub(r"(?m)^( *)# slot: (.*)$",
-                    lambda place: indent(dedent(slots[place[2]]), place[1]),
-                    blocks("python", COPYING)[0])
+                    lambda place: indent(dedent(slots[place[2]]), place[1]), "\n".join(lines))
     assert pasted.count("steps=1000") == 1
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "mini" / "bert")
     batch = tokenizer(["he stole 3 drums", "he stole 30 drums"], return_tensors="pt", padding=True)
@@ -80,14 +89,17 @@ def test_loop_runs_as_printed(tmp_path, monkeypatch):
     before = [weight.clone() for weight in model.state_dict().values()]
     names = list(model.state_dict())
     monkeypatch.chdir(tmp_path)
-    exec(pasted.replace("steps=1000", "steps=20"), dict(model=model, batches=repeat(batch)))
+    given = dict(model=model, batches=repeat(batch))
+    if method == "mgpp":
+        given["data"] = SimpleNamespace(train=range(2))
+    exec(pasted.replace("steps=1000", "steps=20"), given)
     saved = AutoModelForSequenceClassification.from_pretrained("pruned")
     assert common.count_kept(saved)[1] == pytest.approx(0.1, abs=1e-5)
     assert list(saved.state_dict()) == names            # plain layers again
     assert any((a != b).any() for a, b in zip(before, saved.state_dict().values()))
 
 
-@pytest.mark.parametrize("method, own", re.findall(r"(?m)^\| (\w+) \| `(\w+=.*)` \|$", COPYING))
+@pytest.mark.parametrize("method, own", OWN)
 def test_own_values_are_those_of_mini(method, own):
     module = importlib.import_module(method)
     defaults = vars(module.flags().parse_args([])) | module.MINI
