@@ -377,7 +377,8 @@ def draw_movement(runs):
         ax.axhline(0, color=INK, linewidth=1)
         ax.axvline(0, color=INK, linewidth=1)
         ax.set_title(f"{name} pruning", color=colour, weight="bold")
-        ax.text(0.31, -0.086, f"{100 * grew:.0f} % moved away from 0", color=colour, ha="right")
+        ax.text(0.31, -0.086, f"of those kept {100 * grew:.0f} % moved away from 0",
+                color=colour, ha="right", bbox=dict(color="white", pad=1))
         ax.set_xlim(-0.32, 0.32)
         ax.set_ylim(-0.09, 0.09)
         ax.set_xlabel("weight before fine-tuning")
