@@ -8,8 +8,8 @@ assumption, the prior, as a weighted sum of two normal densities centred on 0: a
 wide slab. Training looks for the most probable weights, given the data and the prior. So a weight
 inside the spike, where the spike's term of the sum is the larger one, is pulled strongly towards 0,
 and a larger weight barely at all. At intervals the weights of smallest |w|, ranked over all
-matrices together, are set to 0, more of them each time. The hope: by then the prior has separated
-small weights from large ones, so little is lost.
+matrices together, are set to 0, more of them each time. The hope: the spike holds small weights
+near 0 and the slab leaves the others free, so little is lost.
 
     pi(w)    = lam p(w; s1) + (1 - lam) p(w; s0)      p(w; s): normal density at w, variance s
     g(w)     = (1 - lam) p(w; s0) / pi(w)             the spike's share of the density at w
@@ -40,12 +40,12 @@ after each step. (With the paper's t_f of 0 the run ends there.)
 
 Is the hope fulfilled? Not in our runs. On mini's squad (the made-up questions in mini/) with 10 %
 kept, the spike costs five points of F1 against --mix 1, plain L2. With 3 % kept, and on the real
-SST-2, we saw no clear difference (results/why/README.md). A reason on mini: with --spike 1e-10 the
-spike ends at about |w| = 5e-5. But lr is 5e-4, and a usual step of AdamW is up to lr long. A weight
-that lands inside, and not at 0, gets one huge gradient. AdamW then makes a longer step, of one to
-two lr, and momentum repeats it, weaker each time: the weight passes 0 and leaves the spike on the
-other side. Only shortly before the last zeroing do weights stay in the spike from step to step.
-Why then, we have not tested.
+SST-2, we saw no clear difference (results/why/README.md). On mini the spike hardly holds weights,
+which may be the reason: with --spike 1e-10 it ends at about |w| = 5e-5. But lr is 5e-4, and a usual
+step of AdamW is up to lr long. A weight that lands inside, and not at 0, gets one huge gradient.
+AdamW then makes a longer step, of one to two lr, and momentum repeats it, weaker each time: the
+weight passes 0 and leaves the spike on the other side. Only shortly before the last zeroing do
+weights stay in the spike from step to step. Why they stay at that time, we have not tested.
 
 Unlike magnitude.py: zeros are written into the weights, all matrices are always ranked together, a
 matrix may lose all its weights, and no gradient is clipped. Unlike the author's code: exactly
@@ -458,8 +458,8 @@ def main(args):
         t = step + 1                                        # steps done by then
         pulls = t <= end                                    # up to the last zeroing
         due = t in (begin, end) or (begin < t < end and t % args.interval == 0)
-        v = None                                            # no goal between two zeroings
-        if due or not pulls:                                # after the last zeroing for the log
+        v = None                                            # no goal without a zeroing
+        if due or not pulls:                                # after the last one only for the log
             v = fraction_left(t, args.steps, args.sparsity, args.t_i, args.t_f, args.v_i)
         # </method>
 
@@ -480,7 +480,7 @@ def main(args):
         # The pull ends with the last zeroing. Nothing is clipped (clip is 1e30): the pull is large,
         # and clipping would shrink the loss's gradient together with it.
         if pulls:
-            lam = args.mix or mixing_weight(step, args.steps, args.t_i, args.t_f)   # before step t
+            lam = args.mix or mixing_weight(step, args.steps, args.t_i, args.t_f)
             for w in weights:
                 pull = prior_gradient(w.detach(), lam, args.spike, args.slab)
                 w.grad.add_(pull, alpha=1 / len(data.train))                    # 1 / n

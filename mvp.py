@@ -31,14 +31,13 @@ at values other than 0; this file cannot. --sparsity is the fraction KEPT.
 
 A run can collapse: it ends at chance or not far above, often with the same answer for every input.
 On the real SST-2, with 10 % kept and a BERT of three layers, a run of 1,000 steps ended at chance,
-with an accuracy of 50.9 %. A run of 10,000 steps ended at 81.3 %. (magnitude.py, also with 10,000
-steps, ended at 78.4 %. A bag of words, with no BERT at all, reaches 81.9 %.) What helps: more
---steps, a shallower model, or the penalty of soft_mvp.py. A later start of pruning may help, too:
-on mini's squad with 10 % kept, one seed of ten collapsed with --t_i 0.05, and none with 0.3. Our
-reading of the cause: a score is low only in comparison. That others are higher does not mean that
-the network can do without W. But the mask cuts W to 0 at once, however large it is, and training
-must repair the damage before more weights are masked. The measurements are in
-results/why/README.md.
+with an accuracy of 50.9 %, and one of 10,000 steps at 81.3 %. (magnitude.py had 78.4 % after 10,000
+steps. Still, a bag of words, with no BERT at all, reaches 81.9 %.) Our reading of the cause: the
+lowest scores are cut even if the loss wants those weights larger, only less steadily than others.
+So a large and useful W can go to 0 at once, and training must repair the damage before more weights
+are masked. What helps: more --steps, fewer layers, or the penalty of soft_mvp.py. (On mini a larger
+--t_i may help: with 10 % kept, one seed of ten collapsed with 0.05, none with 0.3.) The
+measurements are in results/why/README.md.
 
     python mvp.py --task squad --sparsity 0.1
 
@@ -175,10 +174,10 @@ def update_masks(masked, scores, v, scope="local"):
 # of dL/dW' * W. We use Adam and a rate that rises and falls, as the paper does. Adam divides each
 # step of a score by the recent size of its gradients: while they agree in sign, steps are about as
 # long as the rate, and where signs change, steps are short. So S tells how steadily the gradient
-# asked for a larger |W| (of a masked W: for W instead of 0). It does not tell by how much.
+# asked for a larger |W| (of a masked W: how steadily it asked to switch W on). It hardly tells by
+# how much.
 #
-# The mask is not saved in checkpoints: it is made anew before each forward pass.
-# Without a class of its own, W * (M + (S - S.detach())) does the same: S - S.detach() is 0, and its
+# The same in one line, without the class: W * (M + (S - S.detach())). S - S.detach() is 0, and its
 # slope in S is 1.
 # Official: binarizer.py, lines 69-108, and masked_nn.py, line 104. There the autograd function
 # returns only M, its backward pass hands the gradient of M on to S, and autograd differentiates
@@ -197,6 +196,7 @@ class StraightThrough(torch.autograd.Function):
         return grad * mask, grad * weight, None         # dL/dW, dL/dS, and none for M
 
 
+# The mask is not saved in checkpoints: it is made anew before each forward pass.
 class Masked(nn.Module):
     """A parametrization: the layer computes with W' = W * M, and its scores learn through M."""
 

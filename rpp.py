@@ -28,8 +28,8 @@ ones.
     w            the N weights in the six matrices of each encoder layer, all layers together
     lr           pre-training's learning rate at this step
     gamma        how hard all weights are pulled. It is chosen at each step so that the fraction v
-                 remains. (So lr has no effect on the pull: only lr gamma matters.) --gamma G fixes
-                 it instead, and v is not used
+                 remains. (It is solved for the given lr, so lr cancels in the formula above.)
+                 --gamma G fixes it instead, and v is not used
     v            fraction kept: s + (1 - s) (1 - progress)^3. progress goes from 0 to 1 over the
                  rounds; s is --sparsity, the fraction KEPT
     p            min(k, 5), but 1 if --gamma is given
@@ -41,12 +41,11 @@ Our default is not the paper's method, as far as we know it: there gamma is fixe
 1. --gamma G comes nearer to it, with p = 1. v, its cubic and recover are ours.
 
 After the rounds, and in fine-tuning, zeros stay 0. Much of this file is BERT's pre-training. The
-method is four short functions: prox, reweight, solve_gamma, proximal_step. Their v, p and rounds
-are computed in main, at "where this step stands". --nip runs the paper's baseline instead (NIP;
-from memory, "new iterative pruning"): magnitude pruning in equal cuts, "stairs", where a pruned
-weight stays 0. --sparsity 1 (without --gamma) is the control: it trains on the text and prunes
-nothing. The seconds in the last line do not include pre-training. A new run into the same folder
-deletes the old support.
+method is five short functions: fraction_kept, prox, reweight, solve_gamma, proximal_step. --nip
+runs the paper's baseline instead (NIP; from memory, "new iterative pruning"): magnitude pruning in
+equal cuts, "stairs", where a pruned weight stays 0. --sparsity 1 (without --gamma) is the control:
+it trains on the text and prunes nothing. The seconds in the last line do not include pre-training.
+A new run into the same folder deletes the old support.
 
     python rpp.py --task squad --sparsity 0.4
     python rpp.py --task mnli --sparsity 0.4 --support out/rpp-squad-0.4-s0    # another task
@@ -84,11 +83,23 @@ import common
 # <method: definitions>
 # ---- the method
 
-def largest_to_go(x, v):
-    """The largest element to remove so that round(v n) of n are left (one, if round(v n) is 0).
+def fraction_kept(done, rounds_end, v_f, stairs=None):
+    """v after `done` steps: from 1 down to v_f at rounds_end, by the cubic of magnitude.py.
 
-    x: (n,), nothing negative. Returns a float; 0.0 if nothing has to go. The caller removes every
-    element up to this value, so ties can cost a few more than wanted.
+    stairs: the number of equal cuts of --nip, instead of the cubic.
+    """
+    if stairs is None:
+        undone = (1 - min(1.0, done / rounds_end)) ** 3
+    else:
+        undone = 1 - (min(done, rounds_end) * stairs // rounds_end) / stairs
+    return v_f + (1 - v_f) * undone
+
+
+def largest_to_go(x, v):
+    """The threshold: removing every element up to it leaves round(v n) of n, at least one.
+
+    x: (n,), nothing negative. Returns a float, the largest element that goes; 0.0 if none has to.
+    Elements equal to it go, too, so ties can cost a few more than wanted.
     """
     n_go = len(x) - max(1, round(v * len(x)))
     if n_go == 0:
@@ -104,7 +115,7 @@ def largest_to_go(x, v):
 # divides each gradient by that gradient's recent size. Where this term dominates, gamma scales both
 # the gradient and that size, and cancels: a larger gamma hardly changes the step. And such steps
 # hardly ever end at exactly 0. So Adam minimises f0 alone. Then a second, small problem lowers the
-# other term without going far from a, the point that Adam has reached:
+# other term and stays near a, the point that Adam has reached (hence "proximal"):
 #     w = argmin_x (x - a)^2 / 2 + threshold |x|,  threshold = lr gamma alpha
 # (Adam's real step length differs from weight to weight. Using the same lr in every threshold is a
 # choice.) This small problem has an exact solution.
@@ -190,7 +201,7 @@ def draw_pair(documents, length, rng):
     home = int(rng.integers(len(documents)))
     document = documents[home]
     first = int(rng.integers(max(1, len(document) - 1)))
-    most = max(1, min(len(document) - first - 1, length // 8))      # lines; 8 tokens each would do
+    most = max(1, min(len(document) - first - 1, length // 8))      # lines; fill A at 8 tokens each
     n_lines = 1 + int(rng.integers(most))
     second = first + n_lines
     a = sum(document[first:second], [])
@@ -241,7 +252,7 @@ class PreTraining(nn.Module):
         self.model = model                                  # a BertForPreTraining
 
     def forward(self, labels, next_sentence_label, **batch):
-        """(MLM + NSP loss, is each asked word right: (asked,), is each pair right: (batch,))."""
+        """The loss; which asked words are right, (asked,); which pairs are right, (batch,)."""
         hidden, pooled = self.model.bert(**batch, return_dict=False)[:2]
         asked = torch.nonzero(labels >= 0, as_tuple=True)                   # rows and columns
         logits = self.model.cls.predictions(hidden[asked])                  # (asked, vocabulary)
@@ -507,8 +518,8 @@ def main(args):
         elif (folder / "log.jsonl").exists():
             first_line = (folder / "log.jsonl").read_text().partition("\n")[0]
             if json.loads(first_line)["args"]["script"] == method:
-                raise SystemExit(f"--support {folder} holds no support: give the one that this "
-                                 "run had, or let its pre-training end")
+                raise SystemExit(f"--support {folder} holds no support: give the one that the run "
+                                 "in it used, or let its pre-training end")
         try:
             pruned, info = BertForPreTraining.from_pretrained(folder, output_loading_info=True)
             lacking = info["missing_keys"]
@@ -543,7 +554,9 @@ def main(args):
     elif pretrains:
         steps = phase["steps"]
         rounds_end = max(1, round((1 - phase["recover"]) * steps))   # steps until rounds end
-        stairs = max(1, round((1 - args.sparsity) / 0.1))   # of --nip: about 10 % each, from memory
+        stairs = None
+        if args.nip:                                        # cuts of about 10 % each, from memory
+            stairs = max(1, round((1 - args.sparsity) / 0.1))
         length = min(phase["length"], tokenizer.model_max_length)
         words = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
         n_held = min(512, len(held_out))                    # pairs
@@ -586,15 +599,9 @@ def main(args):
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(pruned.parameters(), args.clip)
-            # where this step stands: v, and p if a round ends with it
             done = step + 1
-            progress = min(1.0, done / rounds_end)
-            undone = (1 - progress) ** 3                    # share of pruning to be done: the cubic
-            stairs_down = min(done, rounds_end) * stairs // rounds_end
-            if args.nip:
-                undone = 1 - stairs_down / stairs           # even stairs instead
-            v = args.sparsity + (1 - args.sparsity) * undone
-            k = done * args.rounds // rounds_end            # rounds that have ended by now
+            v = fraction_kept(done, rounds_end, args.sparsity, stairs)
+            k = min(done, rounds_end) * args.rounds // rounds_end       # rounds that have ended
             p = None
             if k > step * args.rounds // rounds_end:        # one ends with this step
                 p = 1 if args.gamma else min(k, phase["p"])
@@ -607,7 +614,7 @@ def main(args):
                 else:                                       # after that, or with --nip: zeros stay
                     for w, zero in zip(weights, zeros):
                         w.masked_fill_(zero, 0.0)
-                if args.nip and stairs_down > step * stairs // rounds_end:
+                if args.nip and v < fraction_kept(step, rounds_end, args.sparsity, stairs):
                     limit = largest_to_go(torch.cat([w.abs().flatten() for w in weights]), v)
                     for w in weights:
                         w.masked_fill_(w.abs() <= limit, 0.0)

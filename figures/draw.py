@@ -307,7 +307,7 @@ def draw_speed(runs):
     kept = [98, 92, 85, 70, 60, 45, 25, 13, 10]
     names = [f"loss_{v}" for v in kept[:-1]] + ["loss_end"]
     depths = sorted({int(row["layers"]) for row in rows})
-    fig, axes = panels("Hard movement falls to chance if it cuts too fast for its depth",
+    fig, axes = panels("Movement pruning can fall to chance, with more layers or fewer steps",
                        len(depths), 4.4, sharey=True)
     shades = {1000: "#8DB4DF", 2000: "#6A9AD0", 4000: "#4480BE", 10000: "#1F5A9C", 20000: "#0B3468"}
     for ax, depth in zip(axes, depths):
