@@ -184,8 +184,8 @@ def rules():
     for name, found in powers.items():
         sentences.append(f"No power of the layers splits {name}.")
         if found:
-            sentences[-1] = (f"Powers of the layers from {found[0]:.2f} to {found[-1]:.2f} split "
-                             f"{name}.")
+            end = "on" if found[-1] > 9.9 else f"to {found[-1]:.2f}"
+            sentences[-1] = f"Powers of the layers from {found[0]:.2f} {end} split {name}."
     between = " ".join(sentences)
     header = ["number", "highest that falls", "lowest that holds", "the paper's run",
               "splits our runs", "and the paper's"]
