@@ -253,8 +253,9 @@ def test_findings():
                             ("soft movement", "soft_mvp", "0.3"), ("dense", "magnitude", "1")):
         row, = records("squad11.tsv", method=method, task="squad", sparsity=v)
         assert f"{name} {f1(row):.1f}" in many
-    for name, method in (("magnitude", "magnitude"), ("soft movement", "soft_mvp"), ("L0", "l0")):
-        row, = records("squad_10000.tsv", method=method, sparsity="0.3")
+    for name, method, v in (("magnitude", "magnitude", "0.3"), ("soft movement", "soft_mvp", "0.3"),
+                            ("L0", "l0", "0.3"), ("dense", "magnitude", "1")):
+        row, = records("squad_10000.tsv", method=method, sparsity=v)
         assert f"{name} {f1(row):.1f}" in many.split("10,000 steps:")[1]
     questions = [seeds("mini.tsv", method, v, 1).split(" ")[0]
                  for method, v in (("rpp", "0.4"), ("magnitude", "1"))]
