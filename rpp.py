@@ -3,7 +3,7 @@
 Paper: Guo, Liu, Mungall, Lin and Wang 2019, arXiv 1909.12486. Its code is not public, and its full
 text was not available to us. We had its abstract, the survey of Ganesh et al., code from the same
 lab (LinLabNEU/reweighted_prune4 at 3db6f142b6), and what one of us remembered of the text, which we
-mark "from memory". Constants of pre-training that are not so marked are ours.
+mark "from memory". RPP's constants that are not so marked are ours.
 
 Continue BERT's pre-training for a while: guess hidden words (MLM), and tell whether text B follows
 text A (NSP). All weights are trained, the embeddings too; meanwhile the encoder's matrices are
@@ -21,9 +21,9 @@ weight that would cross 0 becomes 0:
 If f0 needs a weight, Adam pushes it back in the next step; if not, it slides to 0. So the text has
 a say in what is kept, not the size of a weight alone.
 
-Why "reweighted"? Pruning is divided into rounds. In the first, each alpha_i is 1. When round k
-ends, alpha_i becomes 1 / (|w_i|^p + eps): from then on small weights are pulled harder than large
-ones.
+Why "reweighted"? Pruning is divided into --rounds rounds of equal length. In the first, each
+alpha_i is 1. When round k ends, alpha_i becomes 1 / (|w_i|^p + eps): from then on small weights are
+pulled harder than large ones.
 
     w            the N weights in the six matrices of each encoder layer, all layers together
     lr           pre-training's learning rate at this step
@@ -35,17 +35,19 @@ ones.
     p            min(k, 5), but 1 if --gamma is given
     eps          1e-9 (from memory)
     recover      0.3: the last fraction of pre-training. The rounds are over, nothing is pulled any
-                 more, and the weights that are left can grow back
+                 more, zeros stay 0, and the other weights can regain their size
 
 Our default is not the paper's method, as far as we know it: there gamma is fixed, and p is probably
 1. --gamma G comes nearer to it, with p = 1. v, its cubic and recover are ours.
 
 After the rounds, and in fine-tuning, zeros stay 0. Much of this file is BERT's pre-training. The
-method is five short functions: fraction_kept, prox, reweight, solve_gamma, proximal_step. --nip
-runs the paper's baseline instead (NIP; from memory, "new iterative pruning"): magnitude pruning in
-equal cuts, "stairs", where a pruned weight stays 0. --sparsity 1 (without --gamma) is the control:
-it trains on the text and prunes nothing. The seconds in the last line do not include pre-training.
-A new run into the same folder deletes the old support.
+method is five short functions and a helper, largest_to_go: fraction_kept, prox, reweight,
+solve_gamma, proximal_step. --nip runs the paper's baseline instead (NIP; from memory, "new
+iterative pruning"): magnitude pruning of all matrices together, in equal cuts ("stairs"), where a
+pruned weight stays 0. --sparsity 1 (without --gamma) is the control: it trains on the text and
+prunes nothing. The seconds in the last line do not include pre-training. A new run into the same
+folder deletes the old support; --nip and --gamma do not change the folder's name, so give them
+--out.
 
     python rpp.py --task squad --sparsity 0.4
     python rpp.py --task mnli --sparsity 0.4 --support out/rpp-squad-0.4-s0    # another task
@@ -84,7 +86,7 @@ import common
 # ---- the method
 
 def fraction_kept(done, rounds_end, v_f, stairs=None):
-    """v after `done` steps: from 1 down to v_f at rounds_end, by the cubic of magnitude.py.
+    """v after `done` steps: from 1 down to v_f (s above) at rounds_end, by the cubic.
 
     stairs: the number of equal cuts of --nip, instead of the cubic.
     """
@@ -201,7 +203,7 @@ def draw_pair(documents, length, rng):
     home = int(rng.integers(len(documents)))
     document = documents[home]
     first = int(rng.integers(max(1, len(document) - 1)))
-    most = max(1, min(len(document) - first - 1, length // 8))      # lines; fill A at 8 tokens each
+    most = max(1, min(len(document) - first - 1, length // 8))      # lines, at 8 tokens a line
     n_lines = 1 + int(rng.integers(most))
     second = first + n_lines
     a = sum(document[first:second], [])
@@ -280,13 +282,13 @@ def accuracy(net, batches, device):
 # </method>
 
 # <method: hyper-parameters>
-# Fine-tuning: the values of magnitude.py. Pre-training under the
-# paper preset: rounds, lr, batch_size and eps are RPP's, from memory; the rest, and the mini
-# preset, are ours. --steps, --batch_size and --lr hold in both phases; --pretrain_steps overrides
-# --steps in pre-training. "*" holds for all tasks; a task's own values override it. warmup: the
-# fraction of all steps in which lr rises. lr_end: the fraction of lr that is left after the last
-# step. recover: the last fraction of pre-training, after the rounds. p: the highest exponent.
-# length: the most tokens in one input. clip: the norm to which all gradients together are clipped.
+# Fine-tuning: the values of magnitude.py. Pre-training under the paper preset: rounds, lr,
+# batch_size and eps are RPP's, from memory; the rest, and the mini preset, are ours. --steps,
+# --batch_size and --lr hold in both phases; --pretrain_steps overrides --steps in pre-training. "*"
+# holds for all tasks; a task's own values override it. warmup: the fraction of all steps in which
+# lr rises. lr_end: the fraction of lr that is left after the last step. recover: the last fraction
+# of pre-training, after the rounds. p: the highest exponent. length: the most tokens in one input.
+# clip: the norm to which all gradients together are clipped.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
@@ -369,7 +371,7 @@ def flags():
         help="steps of pre-training; without it --steps, or the preset's")
     add("--gamma", type=number(float),
         help="fix gamma, as in the paper (from memory): it decides what is kept, not --sparsity")
-    add("--rounds", type=number(int), help="alpha is reweighted after each")
+    add("--rounds", type=number(int), help="number of rounds; alpha is reweighted after each")
     add("--nip", action="store_true", help="the paper's baseline: magnitude pruning in stairs")
     add("--support", help="start from the pruned model in this folder: nothing is pre-trained, the "
                           "flags of pre-training change nothing, and --sparsity only names --out")
@@ -606,7 +608,7 @@ def main(args):
             if k > step * args.rounds // rounds_end:        # one ends with this step
                 p = 1 if args.gamma else min(k, phase["p"])
             gamma = 0.0
-            zeros = [w == 0 for w in weights]               # (out, in) each
+            zeros = [w == 0 for w in weights]               # (out, in) each, before Adam moves them
             optimizer.step()                                # the first half: w becomes a
             with torch.no_grad():
                 if step < rounds_end and not args.nip:      # the second half, while rounds last

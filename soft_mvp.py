@@ -9,8 +9,8 @@ from 0. This file ranks the scores of all matrices together (mvp.py's --scope gl
 here), so the fraction kept may differ between matrices. It also adds to the loss a penalty that
 pushes all scores down. Under Adam, we think, a score then sinks first if removing its weight would
 hardly change the loss: the comment above sigmoid_penalty says why. What it buys: on SST-2 (six
-layers, 1,200 steps, 10 % kept) mvp.py falls to chance, and with this penalty added the same run
-ends at 83.5 % (results/why/README.md).
+layers, 1,200 steps, 10 % kept) mvp.py falls to chance, and with this penalty added the same run,
+each matrix still ranked by itself, ends at 83.5 % (results/why/README.md).
 
     M  = 1 for round(v N) of all N scores, else 0: first the best 0.5 % of each matrix (or v, if
          that is smaller), then the highest of all others
@@ -206,8 +206,8 @@ class Masked(nn.Module):
 
 # If the schedule decides how many weights stay, what can a penalty change? While the scores are
 # near 0, p is about the same for all scores of a matrix. In plain gradient descent p would lower
-# them all alike and leave their order in the matrix as it is. (Later, p is smaller for scores
-# farther from 0.)
+# them all alike and leave their order in the matrix as it is. (Far from 0 it is smaller: at S = -5
+# p is 3 % of its largest value.)
 #
 # Our reading is that Adam makes the difference. It moves a score by about -lr * mean / size, where
 # mean is the running mean of its gradients, and size their running root mean square. Without a
@@ -236,7 +236,8 @@ def sigmoid_penalty(scores):
     """R(S): sigmoid(S) averaged in each matrix, then over the matrices; 0.5 at the start.
 
     scores: one tensor (out, in) per matrix. lambda is large because R is a mean: even with lambda
-    1000 the p of one score in BERT-base is at most 6e-6 in attention, 1.5e-6 in feed-forward.
+    1000 the p of one score in BERT-base is at most 6e-6 in attention, 1.5e-6 in feed-forward (on
+    mini a hundred times that).
     """
     return torch.stack([torch.sigmoid(s).mean() for s in scores]).mean()
 # </method>

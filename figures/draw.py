@@ -273,7 +273,8 @@ def draw_order(runs):
     rows = [row for row in rows if (row["layers"], row["steps"]) == ("3", "10000")]
     lowest = grid.floor("real", "sst2")
     dense = np.mean([float(row["acc"]) for row in rows if row["kept"] == "1"])
-    fig, axes = panels("Learned scores lead on SST-2: three layers, 10,000 steps", 2, 4, sharey=True)
+    fig, axes = panels("Learned scores lead on SST-2: three layers, 10,000 steps",
+                       2, 4, sharey=True)
     order = ["magnitude", "mgpp", "mvp", "l0", "soft_mvp"]
     for ax, v in zip(axes, ("0.1", "0.03")):
         for place, method in enumerate(order):
