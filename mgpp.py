@@ -273,7 +273,7 @@ def flags():
         help="the default is paper where CUDA is there, else mini")
     add("--model", help="a BERT: a folder, or a name on the hub")
     add("--data", help="folder of the data files")
-    add("--out", help="folder, of this run alone; default out/<script>-<task>-<V>-s<seed>")
+    add("--out", help="folder for this run alone; default out/<script>-<task>-<V>-s<seed>")
     add("--seed", type=number(int, low=-1), default=0, help="of all random numbers")
     add("--steps", type=number(int), help="instead of the preset's steps or epochs")
     add("--batch_size", type=number(int), help="examples per step, over all processes together")
@@ -336,14 +336,14 @@ def main(args):
     inputs = {os.path.realpath(args.model), os.path.realpath(args.teacher or args.model)}
     if os.path.realpath(out) in inputs:
         raise SystemExit(f"--out {out} is the --model or --teacher folder too: give another")
-    begun = log.read_text() if log.exists() else ""
+    begun = log.read_text().partition("\n")[0] if log.exists() else ""      # its first line
     if out.is_file() or (any(out.glob("*")) and '"script":' not in begun):
         raise SystemExit(f"--out {out} holds something other than a run: give a new folder")
     settings = vars(args) | {"script": method, "processes": world, "out": None, "resume": None}
     if args.resume:
         if not begun or (out / "result.json").exists():
             raise SystemExit(f"--resume: {out} holds no unfinished run: give the --out of one")
-        before = json.loads(begun.partition("\n")[0])["args"]
+        before = json.loads(begun)["args"]
         differ = sorted(name for name in settings if before.get(name) != settings[name])
         if differ:
             raise SystemExit(f"{out} was begun with another {', '.join(differ)}: repeat its flags")
