@@ -1,5 +1,6 @@
 """What several test files use: a few rows of mini/ as data, and scripts run on them."""
 import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -12,6 +13,14 @@ ROOT = Path(__file__).resolve().parent.parent
 METHODS = ["magnitude", "mvp", "soft_mvp", "l0", "mgpp", "rpp"]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"             # before torch is imported
+
+
+def load(path):
+    """A Python file that stands in no package, as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def first_questions(path, count):

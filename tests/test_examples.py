@@ -2,7 +2,6 @@
 import argparse
 import ast
 import importlib
-import importlib.util
 import io
 import json
 import re
@@ -15,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import METHODS, ROOT, start
+from conftest import METHODS, ROOT, load, start
 from safetensors.torch import load_file, save_file
 from test_frame import SLOT
 from torch import nn
@@ -45,10 +44,7 @@ LEFT_OUT = [
 
 
 def load_example(name="generate"):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(EXAMPLES / f"{name}.py")
 
 
 def slots(method):

@@ -1,14 +1,12 @@
 """results/grid.py: each command that it starts, and each command in a table, is one of a script."""
 import argparse
-import importlib.util
+import importlib
 import shlex
 
 import pytest
-from conftest import METHODS, ROOT
+from conftest import METHODS, ROOT, load
 
-spec = importlib.util.spec_from_file_location("grid", ROOT / "results" / "grid.py")
-grid = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(grid)
+grid = load(ROOT / "results" / "grid.py")
 
 
 def check(words):

@@ -1,14 +1,11 @@
 """The pages of results/: their tables are made of the rows, their figures stand in the tables."""
 import importlib
-import importlib.util
 import re
 
 import pytest
-from conftest import METHODS, ROOT
+from conftest import METHODS, ROOT, load
 
-spec = importlib.util.spec_from_file_location("tables", ROOT / "results" / "why" / "tables.py")
-tables = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tables)
+tables = load(ROOT / "results" / "why" / "tables.py")
 TEXT = {page.parent.name: page.read_text() for page in tables.PAGES}
 
 
@@ -74,10 +71,8 @@ def test_docstrings_and_exercises_quote_the_default_runs():
 
 
 def test_floor_of_a_classification(data):
-    """The majority class, counted by hand; and a bag of words, where one word tells the class."""
-    spec = importlib.util.spec_from_file_location("floor", ROOT / "results" / "floor.py")
-    floor = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(floor)
+    """The majority class, counted by hand; and the bag of words has a score on both dev files."""
+    floor = load(ROOT / "results" / "floor.py")
     labels = []
     for name in ("train", "dev_matched"):
         lines = (data / "glue" / "MNLI" / f"{name}.tsv").read_text().split("\n")[1:-1]
