@@ -180,13 +180,10 @@ def rules():
             fell, held = bounds(lambda run, power=power: slowness(run, power), chosen)
             if fell < held:
                 powers[name].append(power)
-    sentences = []
-    for name, found in powers.items():
-        sentences.append(f"No power of the layers splits {name}.")
-        if found:
-            end = "on" if found[-1] > 9.9 else f"to {found[-1]:.2f}"
-            sentences[-1] = f"Powers of the layers from {found[0]:.2f} {end} split {name}."
-    between = " ".join(sentences)
+    found = []
+    for name, split in powers.items():
+        found.append(f"{name}: {split[0]:.2f} to {split[-1]:.2f}" if split else f"{name}: none")
+    between = f"Powers of the layers, of those from 0 to 10, that split {'; '.join(found)}."
     header = ["number", "highest that falls", "lowest that holds", "the paper's run",
               "splits our runs", "and the paper's"]
     return f"{markdown(header, lines)}\n\n{between}"
