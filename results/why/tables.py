@@ -174,7 +174,7 @@ def rules():
             verdicts.append("yes" if fell < held else "no")
         cells = [brief(x) for x in (*bounds(number, runs), number(PAPER))]
         lines.append([name, *cells, *verdicts])
-    powers = {"our runs": [], "all runs, the paper's included": []}
+    powers = {"Ours": [], "Ours and the paper's": []}
     for power in np.arange(0, 10, 0.01):
         for name, chosen in zip(powers, (runs, [*runs, PAPER])):
             fell, held = bounds(lambda run, power=power: slowness(run, power), chosen)
@@ -182,8 +182,8 @@ def rules():
                 powers[name].append(power)
     found = []
     for name, split in powers.items():
-        found.append(f"{name}: {split[0]:.2f} to {split[-1]:.2f}" if split else f"{name}: none")
-    between = f"Powers of the layers, of those from 0 to 10, that split {'; '.join(found)}."
+        found.append(f"{name}: {split[0]:.2f} to {split[-1]:.2f}." if split else f"{name}: none.")
+    between = f"Which powers of the layers, from 0 to 10, split the runs? {' '.join(found)}"
     header = ["number", "highest that falls", "lowest that holds", "the paper's run",
               "splits our runs", "and the paper's"]
     return f"{markdown(header, lines)}\n\n{between}"
