@@ -9,6 +9,10 @@
     python results/grid.py why/mix                             MGPP's spike, on mini
     python results/grid.py why/wait                            a later first cut, on mini
     python results/grid.py why/exponent                        RPP's exponent, on mini
+    python results/grid.py squad_gpu --model DIR --data DIR --jobs 12          on a GPU
+    python results/grid.py sst2_gpu --model DIR --data DIR --jobs 12           the same
+    python results/grid.py cola_gpu --model DIR --data DIR --jobs 12           the same
+    python results/grid.py mini_gpu --jobs 2                   README's command on a GPU
     python results/grid.py paper --corpus FILE                 BERT-base on a GPU; never run
 
 A run that has ended (result.json in its folder under --runs) is not made again. A killed one is
@@ -55,7 +59,8 @@ DENSE = ["magnitude"]
 TEACHER = ["mvp_kd", "soft_mvp_kd"]
 BEFORE_MVP = ["magnitude", "soft_mvp", "l0", "mgpp", "mgpp_L2", "mvp"]
 RPP = ["rpp"]
-WAIT = [f"{method}_wait" for method in METHODS if method != "rpp"]
+FINE_TUNED = [method for method in METHODS if method != "rpp"]
+WAIT = [f"{method}_wait" for method in FINE_TUNED]
 VARIANTS |= {column: column.replace("_wait", ".py --t_i 0.3") for column in WAIT}
 SPIKES = ["mgpp_1e-12", "mgpp_1e-8", "mgpp_1e-6", "mgpp_1e-4"]
 # name: [(task, fraction kept, seeds, columns)]
@@ -91,6 +96,20 @@ GRIDS = {
         ("cola", 1, 1, DENSE),
         ("cola", 0.3, 1, ["magnitude", "soft_mvp", "l0"]),
     ],
+    "squad_gpu": [
+        ("squad", 1, 1, DENSE),
+        ("squad", 0.1, 1, FINE_TUNED),
+        ("squad", 0.03, 1, FINE_TUNED),
+    ],
+    "sst2_gpu": [
+        ("sst2", 1, 1, DENSE),
+        ("sst2", 0.1, 1, FINE_TUNED),
+    ],
+    "cola_gpu": [
+        ("cola", 1, 1, DENSE),
+        ("cola", 0.3, 1, FINE_TUNED),
+    ],
+    "mini_gpu": [("squad", 0.03, 2, ["soft_mvp"])],
     "why/mix": [
         ("squad", 0.1, 3, ["mgpp", "mgpp_L2"]),
         ("squad", 0.03, 3, ["mgpp", "mgpp_L2", *SPIKES]),
@@ -115,6 +134,7 @@ for task in ("sst2", "squad"):
 # grid: the task whose rpp runs pre-train; on real text CoLA, the smallest
 SUPPORT = {"mini": "squad", "sst2_3000": "cola", "paper": "sst2"}
 MINI = "--preset mini --device cpu"
+GPU = "--preset paper --device cuda --checkpoint_every 1000000"
 FLAGS = {
     "mini": MINI,
     "why/mix": MINI,
@@ -125,6 +145,10 @@ FLAGS = {
     "cola": "--preset paper --device cpu --steps 800 --lr 1e-4",
     "cola_10000": "--preset paper --device cpu --steps 10000 --batch_size 16 --lr 3e-5",
     "squad_10000": "--preset paper --device cpu --steps 10000 --batch_size 8 --lr 3e-5",
+    "squad_gpu": f"{GPU} --steps 2800 --batch_size 16 --lr 1e-4",
+    "sst2_gpu": f"{GPU} --steps 5100 --batch_size 32 --lr 3e-5",
+    "cola_gpu": f"{GPU} --steps 800 --batch_size 32 --lr 1e-4",
+    "mini_gpu": "--preset mini --device cuda",
     "paper": "--preset paper --device cuda",
     ("rpp", "cola"): "--preset paper --device cpu --steps 600 --batch_size 16 --lr 3e-4",
 }
@@ -252,7 +276,7 @@ def table(grid, rows):
         values.setdefault((column, task, v), []).append(score(task, row[5]))
     places = sorted({(task, v) for _, task, v in values if v < 1},
                     key=lambda place: (list(SHOWN).index(place[0]), -place[1]))
-    world = "mini" if FLAGS.get(grid) == MINI else "real"
+    world = "mini" if "--preset mini" in FLAGS.get(grid, "") else "real"
     lines = [["", *(f"{task}, {100 * v:g} %" for task, v in places)],
              ["floor", *(f"{floor(world, task):.1f}" for task, _ in places)]]
     for dense in dict.fromkeys(column for column, _, v in values if v == 1):

@@ -15,7 +15,6 @@ import numpy as np
 RESULTS = Path(__file__).resolve().parent.parent
 PAGES = [RESULTS / "README.md", RESULTS / "why" / "README.md"]
 sys.path.insert(0, str(RESULTS))
-import bench  # noqa: E402
 import grid  # noqa: E402
 
 KEPT = [98, 92, 85, 70, 60, 45, 25, 13]         # the columns of losses in speed.tsv
@@ -50,6 +49,20 @@ def floors():
     return markdown(["data", "task", "metric", "floor", "guesser"], [
         [data, task, metric, f"{value:.1f}", guesser]
         for (data, task, metric), (value, guesser) in sorted(best.items())])
+
+
+def cost():
+    """BERT-base's shape on a GPU, and what the paper's 55,000 steps on SQuAD would take."""
+    rows = read("cost_gpu.tsv")
+    dense = np.mean([float(row["ms"]) for row in rows if row["method"] == "dense"])
+    lines = []
+    for name in ["dense", *grid.METHODS, "mvp_global"]:
+        row = next(row for row in rows if row["method"] == name)
+        ms = dense if name == "dense" else float(row["ms"])
+        hours = 55_000 * ms / 3.6e6
+        lines.append([name, f"{ms:.1f}", f"{ms / dense:.2f}", row["peak_GB"], f"{hours:.2f}"])
+    return markdown(["method", "ms a step", "x dense", "peak memory, GB",
+                     "55,000 steps, hours"], lines)
 
 
 def generation():
@@ -299,7 +312,7 @@ def spike():
 TABLES = {
     "floors": floors, "order": order, "generate": generation, "map": map_of_speed, "rules": rules,
     "probes": probes, "what helps": what_helps, "wait": wait, "penalty": penalty, "why/wait": waits,
-    "ranking": ranking, "spike": spike, "papers": bench.papers,
+    "ranking": ranking, "spike": spike, "cost": cost,
 }
 
 
