@@ -22,7 +22,7 @@ penalty.
     S            scores, (out, in), at the start 2.197 = logit(0.9), where P = 0.98: nearly all open
     beta         temperature, 2/3: the smaller it is, the more draws of z are exactly 0 or 1
     gamma, zeta  -0.1 and 1.1
-    v            fraction to keep at this step: falls from 1 to --sparsity, by schedule()
+    v            fraction to keep at this step: falls from 1 to --sparsity (also kept) by schedule()
     k            fraction of all weights whose gate is open without noise (`share` in the code)
     h            k / v - 1, how far k is above v, relative to v (`excess`). k comes from a count and
                  has no gradient, so the backward pass uses the gradient of E / v
@@ -41,13 +41,13 @@ runs on SQuAD, without a teacher, a LAMBDA of 175 kept 9.8 %, and 600 kept 2.9 %
 choose the fraction kept, and two multipliers steer k to v, as in the augmented Lagrangian of Wang,
 Wohlwend and Lei 2020, arXiv 1910.04732. mu1 grows while k is above v and falls while k is below.
 mu2 h^2 presses harder the larger the gap is; together they push a score with (mu1 + 2 mu2 h) / v
-times the gradient of E. That v falls by magnitude.py's cubic, the form of h, and the step sizes 2
-and 60 are ours. (They are large, because the gradient of E in one score is tiny, about 1 / N.)
+times the gradient of E. Ours are the fall of v by magnitude.py's cubic, the form of h, and the
+step sizes 2 and 60. (They are large: E's gradient in one of N scores is tiny, below 1 / N.)
 
     minimise  L + mu1 h + mu2 h^2,   after each step mu1 += 2 h and mu2 += 60 h^2
 
 Unlike in mvp.py, the gate is random and takes any value from 0 to 1, the threshold is fixed, and no
-matrix has a count of its own: it may lose all its weights. Louizos et al. have one gate per input
+matrix has a count of its own: any may lose all its weights. Louizos et al. have one gate per input
 neuron, clamp S, add an L2 penalty on W, and keep a running average of W; the movement code does
 none of this, nor does this file. Train for 1,000 steps or more: in shorter runs k lags behind v.
 --sparsity is the fraction KEPT.
@@ -72,7 +72,7 @@ import transformers
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-# What stands outside the slots, <method: ..> to </method>, is the same in all six files.
+# From here on, all code outside the slots, <method: ..> to </method>, is the same in all six files.
 # <method: imports>
 import math
 
@@ -99,7 +99,7 @@ def schedule(step, steps, v_f, t_i, t_f):
     takes at least one step. (In a run of a few steps the last v can be above v_f. The slot
     "bake" prunes to v_f in any case.)
     """
-    length = max(1.0, (1 - t_i - t_f) * steps)          # of the cubic part, in steps; never 0
+    length = max(1.0, (1 - t_i - t_f) * steps)          # of the cubic part: a step or more
     done = (step - t_i * steps) / length
     done = min(max(done, 0.0), 1.0)
     return v_f + (1 - v_f) * (1 - done) ** 3
@@ -110,7 +110,7 @@ def kth_largest(x, k):
     n = len(x)
     if x.device.type == "cpu":                          # numpy selects faster than kthvalue
         return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
-    if k > n // 2:                                      # topk is fast for small k: count from below
+    if k > n // 2:                                      # fewer lie below: topk is faster there
         return x.topk(n - k + 1, largest=False, sorted=False).values.max()
     return x.topk(k, sorted=False).values.min()
 
@@ -203,8 +203,8 @@ def share_kept(scores):
 def close_gap(scores, v):
     """Move the scores nearest to the threshold just across it: round(v N) of all N then exceed it.
 
-    At least one does. Afterwards every score is at least 0.001 away from the threshold. Returns how
-    many more gates are open than before; a negative number if fewer are.
+    (One, if that is 0.) Afterwards every score is at least 0.001 away from the threshold. Returns
+    how many more gates are open than before; a negative number if fewer are.
     """
     before = int(open_gates(scores))
     stays = top_v(torch.cat([s.flatten() for s in scores]), v)          # (N,)
@@ -289,7 +289,7 @@ def flags():
     # <method: flags>
     add("--t_i", type=number(float, high=1), help="fraction of the steps before pruning begins")
     add("--score_lr", type=number(float), help="peak learning rate of the scores")
-    add("--penalty", type=number(float),
+    add("--penalty", type=number(float), metavar="LAMBDA",
         help="constant lambda, as in the paper: it decides what is kept, not --sparsity or --t_i. "
              "Give --out: its default is named after --sparsity")
     # </method>
@@ -305,10 +305,10 @@ def lr_factor(step, steps, warmup, lr_end):
     return min(1.0, rise, lr_end + fall)
 
 
-# Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; ours, 0.1 and
-# 0.9, are those of the movement pruning paper. SQuAD has two KLs, start's and end's: their mean.
+# Official: masked_run_squad.py, lines 301-319. Its default mix is 0.5 and 0.5; ours, 0.1 and
+# 0.9, is that of the movement pruning paper. SQuAD has two KLs, start's and end's: their mean.
 def task_loss(net, batch, teacher, temperature=2.0):
-    """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student)."""
+    """The task's loss; to distil, 0.1 loss + 0.9 temperature^2 KL(teacher || student)."""
     out = net(**batch)
     if teacher is None:
         return out.loss
@@ -469,13 +469,13 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        # The frame reads from the slots: v, the fraction to keep at this step; penalty, added to
-        # the loss; after the loop, goal, the fraction to keep in the end. None: there is no goal.
+        # The code outside the slots reads from them: v, the fraction to keep at this step; penalty,
+        # added to the loss; after the loop, goal, the fraction to keep in the end. None: undecided.
         # <method: before forward>
         # Noise before the forward pass: this step's loss is that of one draw of gates. The draw
         # depends on (seed, step) alone, so it is the same in all processes and in a resumed run.
-        # On a GPU the 2^32 keeps the noise apart from dropout's numbers. (A CPU's generator takes
-        # the seed modulo 2^32: with one process, noise and dropout there begin alike.)
+        # On a GPU the 2^32 keeps the noise apart from dropout's numbers. (A CPU's generator drops
+        # it: with one process, noise and dropout there begin alike.)
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
         generator.manual_seed(2**32 + args.seed * 1_000_003 + step)
         for m in gated:
@@ -487,7 +487,7 @@ def main(args):
             loss = task_loss(net, batch, teacher)
 
         # <method: penalty>
-        # (In a loop that accumulates gradients: once per step, not once per micro-batch.)
+        # (If you accumulate gradients, add it once per step, not once per micro-batch.)
         expected = expected_l0(scores)                  # E
         if args.penalty is not None:
             penalty = args.penalty * expected           # E itself: no estimate is needed

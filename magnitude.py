@@ -24,7 +24,7 @@ adds little to a layer's output, so little is lost without it.
 Can a masked weight come back? Within a step M is a constant, so by the chain rule
 dL/dW = dL/dW' * M: a masked weight gets no gradient, and stands still once Adam's momentum has
 faded. From then on it comes back only if kept weights shrink below it. But while v falls, the
-smallest kept weight gets larger and larger, so hardly any weight comes back.
+|W| that it takes to be kept rises, so hardly any weight comes back.
 
 The weakness: fine-tuning hardly moves a weight. What is large at the end was large after
 pre-training, whatever the task. So the task has little say in what is kept; mvp.py gives it more.
@@ -55,7 +55,7 @@ import transformers
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-# What stands outside the slots, <method: ..> to </method>, is the same in all six files.
+# From here on, all code outside the slots, <method: ..> to </method>, is the same in all six files.
 # <method: imports>
 from torch.nn.utils import parametrize
 
@@ -80,7 +80,7 @@ def schedule(step, steps, v_f, t_i, t_f):
     takes at least one step. (In a run of a few steps the last v can be above v_f. The slot
     "bake" prunes to v_f in any case.)
     """
-    length = max(1.0, (1 - t_i - t_f) * steps)          # of the cubic part, in steps; never 0
+    length = max(1.0, (1 - t_i - t_f) * steps)          # of the cubic part: a step or more
     done = (step - t_i * steps) / length
     done = min(max(done, 0.0), 1.0)
     return v_f + (1 - v_f) * (1 - done) ** 3
@@ -91,7 +91,7 @@ def kth_largest(x, k):
     n = len(x)
     if x.device.type == "cpu":                          # numpy selects faster than kthvalue
         return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
-    if k > n // 2:                                      # topk is fast for small k: count from below
+    if k > n // 2:                                      # fewer lie below: topk is faster there
         return x.topk(n - k + 1, largest=False, sorted=False).values.max()
     return x.topk(k, sorted=False).values.min()
 
@@ -119,7 +119,7 @@ def top_v(scores, v):
 
 
 # With --scope global all matrices compete. One could lose all its weights: its output would then be
-# nothing but the bias. So each matrix first keeps its best 0.5 % (or v, if v is smaller).
+# nothing but the bias. So each matrix first keeps its best 0.5 % (update_masks: or v, if smaller).
 # Official: binarizer.py, line 53.
 def least_share(n):
     """The fraction of its n weights that a matrix keeps at least: int(0.005 n) + 1 of n."""
@@ -144,9 +144,9 @@ def update_masks(masked, scores, v, scope="local"):
         ranked = torch.cat([s.flatten() for s in scores])               # (N,)
         # `ranked` is a copy. In it the best scores of each matrix, its least share (or v, if
         # smaller), become infinite, so that they rank first. Each matrix rounds its count, so
-        # together they can be more than round(v N): on mini, at v = 0.5 %, they are 3936, not 3932.
-        # Then top_v keeps the first round(v N) of them: the surplus in the last matrix goes. (If
-        # round(v N) is less than the number of matrices, some matrices are emptied.)
+        # more than round(v N) can be infinite (mini, v = 0.5 %: 3936, not 3932). They are equal, so
+        # top_v keeps the first round(v N) of them, and the surplus at the end is lost. (Where a
+        # matrix keeps but one or two weights, that can empty the last ones.)
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)
@@ -260,10 +260,10 @@ def lr_factor(step, steps, warmup, lr_end):
     return min(1.0, rise, lr_end + fall)
 
 
-# Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; ours, 0.1 and
-# 0.9, are those of the movement pruning paper. SQuAD has two KLs, start's and end's: their mean.
+# Official: masked_run_squad.py, lines 301-319. Its default mix is 0.5 and 0.5; ours, 0.1 and
+# 0.9, is that of the movement pruning paper. SQuAD has two KLs, start's and end's: their mean.
 def task_loss(net, batch, teacher, temperature=2.0):
-    """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student)."""
+    """The task's loss; to distil, 0.1 loss + 0.9 temperature^2 KL(teacher || student)."""
     out = net(**batch)
     if teacher is None:
         return out.loss
@@ -411,8 +411,8 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        # The frame reads from the slots: v, the fraction to keep at this step; penalty, added to
-        # the loss; after the loop, goal, the fraction to keep in the end. None: there is no goal.
+        # The code outside the slots reads from them: v, the fraction to keep at this step; penalty,
+        # added to the loss; after the loop, goal, the fraction to keep in the end. None: undecided.
         # <method: before forward>
         # Masks first, so that this step's loss and gradients are those of the pruned network.
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)

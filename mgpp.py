@@ -20,8 +20,8 @@ near 0 and the slab leaves the others free, so little is lost.
     w            one of the N prunable weights: those of the six matrices, (out, in) each, of each
                  encoder layer (magnitude.py names them)
     lam          weight of the slab: 0.1 until t_i T, then linearly down to 1e-4 at T - t_f T. It is
-                 not the fraction kept: it only shifts the |w| at which the slab takes over, with
-                 mini's s0 and s1 from 5e-5 to 6e-5. --mix fixes lam; --mix 1 is plain L2
+                 not the fraction kept: it only shifts the |w| at which the slab takes over, on
+                 mini from 5e-5 to 6e-5. --mix fixes lam; --mix 1 is plain L2
     s0, s1       variances of spike and slab: --spike and --slab
     L            the loss, a mean of n terms, which each step estimates from a batch
     n            number of training examples (windows of text on SQuAD). If your loss is a mean over
@@ -41,11 +41,11 @@ after each step. (With the paper's t_f of 0 the run ends there.)
 Is the hope fulfilled? Not in our runs. On mini's squad (the made-up questions in mini/) with 10 %
 kept, the spike costs five points of F1 against --mix 1, plain L2. With 3 % kept, and on the real
 SST-2, we saw no clear difference (results/why/README.md). On mini the spike hardly holds weights,
-which may be the reason: with --spike 1e-10 it ends at about |w| = 5e-5. But lr is 5e-4, and a usual
+which may be the reason: with --spike 1e-10 it reaches to |w| = 5e-5. But lr is 5e-4, and a usual
 step of AdamW is up to lr long. A weight that lands inside, and not at 0, gets one huge gradient.
-AdamW then makes a longer step, of one to two lr, and momentum repeats it, weaker each time: the
-weight passes 0 and leaves the spike on the other side. Only shortly before the last zeroing do
-weights stay in the spike from step to step. Why they stay at that time, we have not tested.
+AdamW's answer, one to two lr long, carries it past 0 and out of the spike on the other side;
+momentum repeats that step, weaker each time. Only shortly before the last zeroing do weights stay
+in the spike from step to step. Why they stay at that time, we have not tested.
 
 Unlike magnitude.py: zeros are written into the weights, all matrices are always ranked together, a
 matrix may lose all its weights, and no gradient is clipped. Unlike the author's code: exactly
@@ -74,7 +74,7 @@ import transformers
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-# What stands outside the slots, <method: ..> to </method>, is the same in all six files.
+# From here on, all code outside the slots, <method: ..> to </method>, is the same in all six files.
 # <method: imports>
 import math
 
@@ -99,7 +99,7 @@ def schedule(step, steps, v_f, t_i, t_f):
     takes at least one step. (In a run of a few steps the last v can be above v_f. The slot
     "bake" prunes to v_f in any case.)
     """
-    length = max(1.0, (1 - t_i - t_f) * steps)          # of the cubic part, in steps; never 0
+    length = max(1.0, (1 - t_i - t_f) * steps)          # of the cubic part: a step or more
     done = (step - t_i * steps) / length
     done = min(max(done, 0.0), 1.0)
     return v_f + (1 - v_f) * (1 - done) ** 3
@@ -133,8 +133,8 @@ def mixing_weight(step, steps, t_i, t_f):
 #     -log posterior = (sum of the losses of n examples) - (sum of log pi(w) over all w) + constant
 # L is the mean of these losses, so we divide everything by n: the gradient is dL/dw + pull(w) / n.
 # (With --teacher, L is no longer the -log of a likelihood; the pull stays the same. For questions
-# transformers' L is the mean of two such losses, start's and end's, not their sum: the prior then
-# weighs twice as much.)
+# transformers' L is the mean of start's and end's loss, not their sum: the prior then weighs twice
+# as much against it.)
 #
 # The spike's share, by Bayes' rule, is g = (1 - lam) p(w; s0) / pi(w). Divide the numerator and the
 # denominator by the numerator: g = 1 / (1 + exp(c1 + c2 w^2)), with
@@ -165,7 +165,7 @@ def kth_largest(x, k):
     n = len(x)
     if x.device.type == "cpu":                          # numpy selects faster than kthvalue
         return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
-    if k > n // 2:                                      # topk is fast for small k: count from below
+    if k > n // 2:                                      # fewer lie below: topk is faster there
         return x.topk(n - k + 1, largest=False, sorted=False).values.max()
     return x.topk(k, sorted=False).values.min()
 
@@ -284,7 +284,7 @@ def flags():
     add("--checkpoint_every", type=number(int), default=500, help="in steps; BERT-base: 1 to 2 GB")
     # <method: flags>
     add("--t_i", type=number(float, high=1), help="fraction of the steps before pruning begins")
-    add("--mix", type=number(float, high=1), help="fixed weight of the slab; 1: plain L2")
+    add("--mix", type=number(float, high=1), help="lam, constant; 1: plain L2")
     add("--spike", type=number(float), help="variance of the spike")
     add("--slab", type=number(float), help="variance of the slab")
     add("--interval", type=number(int), help="steps between two zeroings")
@@ -301,10 +301,10 @@ def lr_factor(step, steps, warmup, lr_end):
     return min(1.0, rise, lr_end + fall)
 
 
-# Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; ours, 0.1 and
-# 0.9, are those of the movement pruning paper. SQuAD has two KLs, start's and end's: their mean.
+# Official: masked_run_squad.py, lines 301-319. Its default mix is 0.5 and 0.5; ours, 0.1 and
+# 0.9, is that of the movement pruning paper. SQuAD has two KLs, start's and end's: their mean.
 def task_loss(net, batch, teacher, temperature=2.0):
-    """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student)."""
+    """The task's loss; to distil, 0.1 loss + 0.9 temperature^2 KL(teacher || student)."""
     out = net(**batch)
     if teacher is None:
         return out.loss
@@ -451,15 +451,15 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        # The frame reads from the slots: v, the fraction to keep at this step; penalty, added to
-        # the loss; after the loop, goal, the fraction to keep in the end. None: there is no goal.
+        # The code outside the slots reads from them: v, the fraction to keep at this step; penalty,
+        # added to the loss; after the loop, goal, the fraction to keep in the end. None: undecided.
         # <method: before forward>
         # Only decided here, for the slots below; the zeroing comes after the optimizer's step.
         t = step + 1                                        # steps done by then
         pulls = t <= end                                    # up to the last zeroing
         due = t in (begin, end) or (begin < t < end and t % args.interval == 0)
         v = None                                            # no goal without a zeroing
-        if due or not pulls:                                # after the last one only for the log
+        if due or not pulls:                                # not pulls: only for the log
             v = fraction_left(t, args.steps, args.sparsity, args.t_i, args.t_f, args.v_i)
         # </method>
 

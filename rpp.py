@@ -28,7 +28,7 @@ pulled harder than large ones.
     w            the N weights in the six matrices of each encoder layer, all layers together
     lr           pre-training's learning rate at this step
     gamma        how hard all weights are pulled. It is chosen at each step so that the fraction v
-                 remains. (It is solved for the given lr, so lr cancels in the formula above.)
+                 remains. (A smaller lr makes gamma larger: lr cancels in the formula above.)
                  --gamma G fixes it instead, and v is not used
     v            fraction kept: s + (1 - s) (1 - progress)^3. progress goes from 0 to 1 over the
                  rounds; s is --sparsity, the fraction KEPT
@@ -72,7 +72,7 @@ import transformers
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-# What stands outside the slots, <method: ..> to </method>, is the same in all six files.
+# From here on, all code outside the slots, <method: ..> to </method>, is the same in all six files.
 # <method: imports>
 import re
 import shutil
@@ -98,7 +98,7 @@ def fraction_kept(done, rounds_end, v_f, stairs=None):
 
 
 def largest_to_go(x, v):
-    """The threshold: removing every element up to it leaves round(v n) of n, at least one.
+    """The threshold: removing all elements up to it leaves max(1, round(v n)) of n.
 
     x: (n,), nothing negative. Returns a float, the largest element that goes; 0.0 if none has to.
     Elements equal to it go, too, so ties can cost a few more than wanted.
@@ -108,7 +108,7 @@ def largest_to_go(x, v):
         return 0.0
     if x.device.type == "cpu":                          # numpy selects without a sort
         return float(np.partition(x.numpy(), n_go - 1)[n_go - 1])
-    if n_go > len(x) // 2:                              # topk is fast for small k: count from above
+    if n_go > len(x) // 2:                              # fewer lie above: topk is faster there
         return float(x.topk(len(x) - n_go + 1, sorted=False).values.min())
     return float(x.topk(n_go, largest=False, sorted=False).values.max())
 
@@ -121,17 +121,17 @@ def largest_to_go(x, v):
 #     w = argmin_x (x - a)^2 / 2 + threshold |x|,  threshold = lr gamma alpha
 # (Adam's real step length differs from weight to weight. Using the same lr in every threshold is a
 # choice.) This small problem has an exact solution.
-# For x > 0 the slope is x - a + threshold, which is 0 at x = a - threshold, if that is above 0.
-# For x < 0 it is 0 at a + threshold, if that is below 0. Where |a| <= threshold there is neither:
-# the minimum is the kink at 0.
+# For x > 0 the slope x - a + threshold is 0 at x = a - threshold, if that is above 0. For x < 0
+# the slope x - a - threshold is 0 at a + threshold, if that is below 0. Where |a| <= threshold
+# there is neither: the minimum is the kink at 0.
 def prox(a, threshold):
     """sign(a) max(|a| - threshold, 0): each element moves towards 0 and stops there. Same shape."""
     return a - a.clamp(-threshold, threshold)
 
 
 # Why divide by |w|? Right after a reweighting with p = 1, each nonzero weight adds about
-# |w| / |w| = 1 to sum_i alpha_i |w_i|: the sum counts them. A larger p sets small weights further
-# apart from large ones, but eps makes the smallest ones equal.
+# |w| / |w| = 1 to sum_i alpha_i |w_i|: the sum counts them. A larger p sets the alphas further
+# apart, but eps makes those of the smallest weights equal.
 #
 # Can a zero come back? Adam moves zeros too. Until the round ends, a new zero keeps its old alpha,
 # so later pulls may be too weak to return it to 0. If it is 0 when the round ends, its alpha
@@ -388,10 +388,10 @@ def lr_factor(step, steps, warmup, lr_end):
     return min(1.0, rise, lr_end + fall)
 
 
-# Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; ours, 0.1 and
-# 0.9, are those of the movement pruning paper. SQuAD has two KLs, start's and end's: their mean.
+# Official: masked_run_squad.py, lines 301-319. Its default mix is 0.5 and 0.5; ours, 0.1 and
+# 0.9, is that of the movement pruning paper. SQuAD has two KLs, start's and end's: their mean.
 def task_loss(net, batch, teacher, temperature=2.0):
-    """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student)."""
+    """The task's loss; to distil, 0.1 loss + 0.9 temperature^2 KL(teacher || student)."""
     out = net(**batch)
     if teacher is None:
         return out.loss
@@ -441,7 +441,7 @@ def main(args):
         raise SystemExit(f"--out {out} holds the --support, --model or --teacher folder: give "
                          "another")
     pretrains = args.support is None
-    support_done = pretrains and args.resume and support.exists()       # by the killed run
+    support_done = pretrains and args.resume and support.exists()       # the killed run's
     if pretrains and args.corpus is None:
         raise SystemExit("pre-training needs a text: give --corpus FILE, or --preset mini")
     if args.nip and args.gamma is not None:
@@ -561,7 +561,7 @@ def main(args):
             stairs = max(1, round((1 - args.sparsity) / 0.1))
         length = min(phase["length"], tokenizer.model_max_length)
         words = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
-        n_held = min(512, len(held_out))                    # pairs
+        n_held = min(512, len(held_out))                    # pairs to draw
         held_batches = []
         for i in range(0, n_held, 32):
             rng = np.random.default_rng([i])                # the same pairs whatever the seed
@@ -689,8 +689,8 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        # The frame reads from the slots: v, the fraction to keep at this step; penalty, added to
-        # the loss; after the loop, goal, the fraction to keep in the end. None: there is no goal.
+        # The code outside the slots reads from them: v, the fraction to keep at this step; penalty,
+        # added to the loss; after the loop, goal, the fraction to keep in the end. None: undecided.
         # <method: before forward>
         v = goal                                        # nothing more is pruned
         # </method>

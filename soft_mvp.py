@@ -1,16 +1,16 @@
 """Soft movement pruning of BERT.
 
 Paper: Sanh, Wolf and Rush 2020, "Movement Pruning", arXiv 2005.07683, section 4.
-Official code: huggingface/transformers-research-projects, movement-pruning, at fccd0cdab0. Its
-names for this method are "sigmoied_threshold" (sic; the mask) and "l1" (the penalty).
+Official code: huggingface/transformers-research-projects, movement-pruning, at fccd0cdab0. There
+the mask of --penalty (below) is "sigmoied_threshold" (sic), the penalty "l1".
 
 Read mvp.py first: each weight has a score, which rises while fine-tuning pushes that weight away
 from 0. This file ranks the scores of all matrices together (mvp.py's --scope global is the default
 here), so the fraction kept may differ between matrices. It also adds to the loss a penalty that
 pushes all scores down. Under Adam, we think, a score then sinks first if removing its weight would
 hardly change the loss: the comment above sigmoid_penalty says why. What it buys: on SST-2 (six
-layers, 1,200 steps, 10 % kept) mvp.py falls to chance, and with this penalty added the same run,
-each matrix still ranked by itself, ends at 83.5 % (results/why/README.md).
+layers, 1,200 steps, 10 % kept) mvp.py falls to chance; the same run with this penalty, each
+matrix still ranked by itself, ends at 83.5 % (results/why/README.md).
 
     M  = 1 for round(v N) of all N scores, else 0: first the best 0.5 % of each matrix (or v, if
          that is smaller), then the highest of all others
@@ -56,7 +56,7 @@ import transformers
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-# What stands outside the slots, <method: ..> to </method>, is the same in all six files.
+# From here on, all code outside the slots, <method: ..> to </method>, is the same in all six files.
 # <method: imports>
 from torch.nn.utils import parametrize
 
@@ -81,7 +81,7 @@ def schedule(step, steps, v_f, t_i, t_f):
     takes at least one step. (In a run of a few steps the last v can be above v_f. The slot
     "bake" prunes to v_f in any case.)
     """
-    length = max(1.0, (1 - t_i - t_f) * steps)          # of the cubic part, in steps; never 0
+    length = max(1.0, (1 - t_i - t_f) * steps)          # of the cubic part: a step or more
     done = (step - t_i * steps) / length
     done = min(max(done, 0.0), 1.0)
     return v_f + (1 - v_f) * (1 - done) ** 3
@@ -92,7 +92,7 @@ def kth_largest(x, k):
     n = len(x)
     if x.device.type == "cpu":                          # numpy selects faster than kthvalue
         return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
-    if k > n // 2:                                      # topk is fast for small k: count from below
+    if k > n // 2:                                      # fewer lie below: topk is faster there
         return x.topk(n - k + 1, largest=False, sorted=False).values.max()
     return x.topk(k, sorted=False).values.min()
 
@@ -120,7 +120,7 @@ def top_v(scores, v):
 
 
 # With --scope global all matrices compete. One could lose all its weights: its output would then be
-# nothing but the bias. So each matrix first keeps its best 0.5 % (or v, if v is smaller).
+# nothing but the bias. So each matrix first keeps its best 0.5 % (update_masks: or v, if smaller).
 # Official: binarizer.py, line 53.
 def least_share(n):
     """The fraction of its n weights that a matrix keeps at least: int(0.005 n) + 1 of n."""
@@ -145,9 +145,9 @@ def update_masks(masked, scores, v, scope="local"):
         ranked = torch.cat([s.flatten() for s in scores])               # (N,)
         # `ranked` is a copy. In it the best scores of each matrix, its least share (or v, if
         # smaller), become infinite, so that they rank first. Each matrix rounds its count, so
-        # together they can be more than round(v N): on mini, at v = 0.5 %, they are 3936, not 3932.
-        # Then top_v keeps the first round(v N) of them: the surplus in the last matrix goes. (If
-        # round(v N) is less than the number of matrices, some matrices are emptied.)
+        # more than round(v N) can be infinite (mini, v = 0.5 %: 3936, not 3932). They are equal, so
+        # top_v keeps the first round(v N) of them, and the surplus at the end is lost. (Where a
+        # matrix keeps but one or two weights, that can empty the last ones.)
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)
@@ -173,9 +173,9 @@ def update_masks_open(masked, scores, tau):
 
 # ---- how scores learn through a mask
 
-# The derivation is in mvp.py. For M = (sigmoid(S) > tau) too, the official backward pass takes 1
-# for the slope of M in S: the sigmoid is left out (binarizer.py, lines 24-66). So one class serves
-# both masks, ours and that of --penalty.
+# The derivation is in mvp.py. The official backward pass takes 1 for the slope of
+# M = (sigmoid(S) > tau) in S, too: the sigmoid is left out (binarizer.py, lines 24-66). So one
+# class serves both masks, ours and that of --penalty.
 class StraightThrough(torch.autograd.Function):
     """W' = W * M, with a backward pass that takes 1 for the slope of M in S."""
 
@@ -319,7 +319,7 @@ def flags():
     add("--score_lr", type=number(float), help="peak learning rate of the scores")
     add("--scope", default="global", choices=["local", "global"],
         help="rank the scores of each matrix by themselves, or those of all matrices together")
-    add("--penalty", type=number(float),
+    add("--penalty", type=number(float), metavar="LAMBDA",
         help="lambda of the official version: it decides what is kept, not --sparsity or --scope. "
              "Give --out: its default is named after --sparsity")
     # </method>
@@ -335,10 +335,10 @@ def lr_factor(step, steps, warmup, lr_end):
     return min(1.0, rise, lr_end + fall)
 
 
-# Official: masked_run_squad.py, lines 301-319. Its default weights are 0.5 and 0.5; ours, 0.1 and
-# 0.9, are those of the movement pruning paper. SQuAD has two KLs, start's and end's: their mean.
+# Official: masked_run_squad.py, lines 301-319. Its default mix is 0.5 and 0.5; ours, 0.1 and
+# 0.9, is that of the movement pruning paper. SQuAD has two KLs, start's and end's: their mean.
 def task_loss(net, batch, teacher, temperature=2.0):
-    """The task's loss; with a teacher 0.1 of it + 0.9 temperature^2 KL(teacher || student)."""
+    """The task's loss; to distil, 0.1 loss + 0.9 temperature^2 KL(teacher || student)."""
     out = net(**batch)
     if teacher is None:
         return out.loss
@@ -492,12 +492,12 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        # The frame reads from the slots: v, the fraction to keep at this step; penalty, added to
-        # the loss; after the loop, goal, the fraction to keep in the end. None: there is no goal.
+        # The code outside the slots reads from them: v, the fraction to keep at this step; penalty,
+        # added to the loss; after the loop, goal, the fraction to keep in the end. None: undecided.
         # <method: before forward>
         # Masks first, so that this step's loss and gradients are those of the pruned network.
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
-        ramp = (1 - v) / (1 - args.sparsity)            # r: the same for every --sparsity
+        ramp = (1 - v) / (1 - args.sparsity)            # r: --sparsity cancels out of it
         if args.penalty is None:
             update_masks(masked, scores, v, args.scope)
         else:
@@ -509,7 +509,7 @@ def main(args):
             loss = task_loss(net, batch, teacher)
 
         # <method: penalty>
-        # (In a loop that accumulates gradients: once per step, not once per micro-batch.)
+        # (If you accumulate gradients, add it once per step, not once per micro-batch.)
         lam = args.lambda_f if args.penalty is None else args.penalty
         penalty = lam * ramp * sigmoid_penalty(scores)
         # </method>

@@ -55,7 +55,7 @@ def schedule(step, steps, v_f, t_i, t_f):
     takes at least one step. (In a run of a few steps the last v can be above v_f. The slot
     "bake" prunes to v_f in any case.)
     """
-    length = max(1.0, (1 - t_i - t_f) * steps)          # of the cubic part, in steps; never 0
+    length = max(1.0, (1 - t_i - t_f) * steps)          # of the cubic part: a step or more
     done = (step - t_i * steps) / length
     done = min(max(done, 0.0), 1.0)
     return v_f + (1 - v_f) * (1 - done) ** 3
@@ -66,7 +66,7 @@ def kth_largest(x, k):
     n = len(x)
     if x.device.type == "cpu":                          # numpy selects faster than kthvalue
         return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
-    if k > n // 2:                                      # topk is fast for small k: count from below
+    if k > n // 2:                                      # fewer lie below: topk is faster there
         return x.topk(n - k + 1, largest=False, sorted=False).values.max()
     return x.topk(k, sorted=False).values.min()
 
@@ -112,9 +112,9 @@ def update_masks(masked, scores, v, scope="local"):
         ranked = torch.cat([s.flatten() for s in scores])               # (N,)
         # `ranked` is a copy. In it the best scores of each matrix, its least share (or v, if
         # smaller), become infinite, so that they rank first. Each matrix rounds its count, so
-        # together they can be more than round(v N): on mini, at v = 0.5 %, they are 3936, not 3932.
-        # Then top_v keeps the first round(v N) of them: the surplus in the last matrix goes. (If
-        # round(v N) is less than the number of matrices, some matrices are emptied.)
+        # more than round(v N) can be infinite (mini, v = 0.5 %: 3936, not 3932). They are equal, so
+        # top_v keeps the first round(v N) of them, and the surplus at the end is lost. (Where a
+        # matrix keeps but one or two weights, that can empty the last ones.)
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)
