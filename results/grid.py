@@ -90,7 +90,7 @@ GRIDS = {
     ],
     "squad_10000": [
         ("squad", 1, 1, DENSE),
-        ("squad", 0.3, 1, ["magnitude", "soft_mvp", "l0"]),
+        ("squad", 0.3, 1, ["magnitude", "mvp", "soft_mvp", "l0"]),
     ],
     "cola_10000": [
         ("cola", 1, 1, DENSE),
