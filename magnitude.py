@@ -26,8 +26,10 @@ dL/dW = dL/dW' * M: a masked weight gets no gradient, and stands still once Adam
 faded. From then on it comes back only if kept weights shrink below it. But while v falls, the
 |W| that it takes to be kept rises, so hardly any weight comes back.
 
-The weakness: fine-tuning hardly moves a weight. What is large at the end was large after
-pre-training, whatever the task. So the task has little say in what is kept; mvp.py gives it more.
+The weakness: at a low learning rate fine-tuning hardly moves a weight. What is large at the end was
+large after pre-training, whatever the task. So the task has little say in what is kept; mvp.py
+gives it more. A higher --lr helps: on the real SST-2, with 10 % kept, the accuracy was 78.4 % at
+3e-5 and 85.1 % at 2e-4 (results/why/README.md).
 
 --sparsity is the fraction KEPT (elsewhere often the fraction pruned): 0.03 keeps 3 %. --sparsity 1
 masks nothing: this dense run is the baseline, and its folder can be the --teacher of another run.

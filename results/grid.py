@@ -1,6 +1,7 @@
 """Drives the runs behind the tables, and writes what they measured to results/NAME.tsv.
 
     python results/grid.py mini --jobs 2                       the data in mini/: squad, mnli, qqp
+    python results/grid.py sst2_10000 --model DIR --data DIR   SST-2, three layers, 10,000 steps
     python results/grid.py squad11 --model DIR --data DIR      SQuAD 1.1, a small real BERT
     python results/grid.py sst2_3000 --model DIR --data DIR --corpus FILE      SST-2, 3,000 steps
     python results/grid.py cola --model DIR --data DIR         CoLA
@@ -10,6 +11,7 @@
     python results/grid.py why/wait                            a later first cut, on mini
     python results/grid.py why/exponent                        RPP's exponent, on mini
     python results/grid.py squad_gpu --model DIR --data DIR --jobs 12          on a GPU
+    python results/grid.py squad_2800 --model DIR --data DIR   a run of these at another rate, CPU
     python results/grid.py sst2_gpu --model DIR --data DIR --jobs 12           the same
     python results/grid.py cola_gpu --model DIR --data DIR --jobs 12           the same
     python results/grid.py mini_gpu --jobs 2                   README's command on a GPU
@@ -77,6 +79,12 @@ GRIDS = {
         ("sst2", 1, 1, ["dense_3e-5", "dense_1e-4"]),
         ("sst2", 1, 3, DENSE),
     ],
+    "sst2_10000": [
+        ("sst2", 1, 1, DENSE),
+        ("sst2", 0.1, 3, ["magnitude", "soft_mvp"]),
+        ("sst2", 0.1, 1, ["mvp", "l0", "mgpp"]),
+        ("sst2", 0.03, 1, FINE_TUNED),
+    ],
     "squad11": [
         ("squad", 1, 1, DENSE),
         ("squad", 0.3, 1, BEFORE_MVP),
@@ -101,6 +109,7 @@ GRIDS = {
         ("squad", 0.1, 1, FINE_TUNED),
         ("squad", 0.03, 1, FINE_TUNED),
     ],
+    "squad_2800": [("squad", 0.1, 1, ["magnitude"])],
     "sst2_gpu": [
         ("sst2", 1, 1, DENSE),
         ("sst2", 0.1, 1, FINE_TUNED),
@@ -141,11 +150,13 @@ FLAGS = {
     "why/wait": MINI,
     "why/exponent": MINI,
     "sst2_3000": "--preset paper --device cpu --steps 3000 --lr 2e-4",
+    "sst2_10000": "--preset paper --device cpu --steps 10000 --batch_size 16 --lr 2e-4",
     "squad11": "--preset paper --device cpu --steps 800 --batch_size 8 --lr 2e-4",
     "cola": "--preset paper --device cpu --steps 800 --lr 1e-4",
     "cola_10000": "--preset paper --device cpu --steps 10000 --batch_size 16 --lr 3e-5",
     "squad_10000": "--preset paper --device cpu --steps 10000 --batch_size 8 --lr 3e-5",
     "squad_gpu": f"{GPU} --steps 2800 --batch_size 16 --lr 1e-4",
+    "squad_2800": "--preset paper --device cpu --steps 2800 --batch_size 16 --lr 2e-4",
     "sst2_gpu": f"{GPU} --steps 5100 --batch_size 32 --lr 3e-5",
     "cola_gpu": f"{GPU} --steps 800 --batch_size 32 --lr 1e-4",
     "mini_gpu": "--preset mini --device cuda",

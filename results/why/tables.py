@@ -238,6 +238,18 @@ def ranking():
     return markdown(["task, kept", "method", "attention", "feed-forward", "score", "floor"], lines)
 
 
+def moved():
+    """How much of what is kept was large before fine-tuning, and how far it has moved."""
+    lines = []
+    for row in read("why/moved.tsv"):
+        kept = "dense" if row["kept_%"] == "100" else row["method"]
+        lines.append([kept, row["lr"].replace("0.0002", "2e-4").replace("e-05", "e-5"),
+                      "" if kept == "dense" else row["same_%"], row["change"], row["size"],
+                      f"{grid.score(row['task'], row['scores']):.1f}"])
+    return markdown(["10 % kept", "lr", "large before, %", "change", "size before", "accuracy"],
+                    lines)
+
+
 def spike():
     """Runs with and without the spike, side by side."""
     runs = {}
@@ -252,7 +264,7 @@ def spike():
 TABLES = {
     "floors": floors, "order": order, "generate": generation, "map": map_of_speed, "probes": probes,
     "what helps": what_helps, "wait": wait, "penalty": penalty, "why/wait": waits,
-    "ranking": ranking, "spike": spike, "cost": cost,
+    "ranking": ranking, "moved": moved, "spike": spike, "cost": cost,
 }
 
 
