@@ -278,7 +278,7 @@ def draw_order(runs):
         score = grid.score("sst2", row["scores"])
         fast.setdefault((row["method"], row["sparsity"]), []).append(score)
     lowest = grid.floor("real", "sst2")
-    fig, axes = panels("On SST-2 the learning rate matters more than the method does",
+    fig, axes = panels("SST-2: methods that rank by size gain most from a higher learning rate",
                        2, 4, sharey=True)
     order = ["mgpp", "magnitude", "mvp", "l0", "soft_mvp"]
     for ax, v in zip(axes, ("0.1", "0.03")):

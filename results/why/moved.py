@@ -7,6 +7,7 @@ Appends a row to results/why/moved.tsv:
 
 same_%    of the weights kept: how many were among the largest of their matrix, as many as that
           matrix keeps, before fine-tuning
+chance_%  what same_% would be if each matrix had kept as many at random
 change    of the weights kept: the median distance to their value before fine-tuning
 size      the median |W| of the weights kept, before fine-tuning
 """
@@ -22,7 +23,7 @@ def main(before, run):
     old = load_file(Path(before) / "model.safetensors")
     new = load_file(Path(run) / "model.safetensors")
     result = json.loads((Path(run) / "result.json").read_text())
-    same = kept = 0
+    same = chance = kept = 0
     changes, sizes = [], []
     for name in result["kept_per_layer"]:
         w = new[f"{name}.weight"]                           # (out, in)
@@ -34,13 +35,15 @@ def main(before, run):
         size = np.abs(w_before)
         largest = size >= np.partition(size, size.size - k, axis=None)[size.size - k]
         same += int((stays & largest).sum())
+        chance += k * k / w.size
         kept += k
         changes.append(np.abs(w - w_before)[stays])
         sizes.append(size[stays])
     args = result["args"]
     scores = " ".join(f"{name} {value:.2f}" for name, value in result["metrics"].items())
     row = [result["method"], args["task"], f"{100 * result['kept']:g}", f"{args['lr']:g}",
-           args["seed"], f"{100 * same / kept:.1f}", f"{np.median(np.concatenate(changes)):.4f}",
+           args["seed"], f"{100 * same / kept:.1f}", f"{100 * chance / kept:.1f}",
+           f"{np.median(np.concatenate(changes)):.4f}",
            f"{np.median(np.concatenate(sizes)):.4f}", scores,
            f"python results/why/moved.py {sys.argv[1]} {sys.argv[2]}"]
     with open(Path(__file__).with_suffix(".tsv"), "a") as file:
