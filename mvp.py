@@ -32,7 +32,7 @@ at values other than 0; this file cannot. --sparsity is the fraction KEPT.
 A run can collapse: it ends at chance or not far above, often with the same answer for every input.
 On the real SST-2, with 10 % kept and a BERT of three layers, a run of 1,000 steps ended at chance,
 with an accuracy of 50.9 %. One of 10,000 steps did not: 81.3 % at --lr 3e-5, and 82.2 % at 2e-4.
-(magnitude.py then had 78.4 % and 85.1 %; a bag of words, with no BERT at all, reaches 81.9 %.) Our
+(magnitude.py had 78.4 % and 85.1 % there; a bag of words, with no BERT at all, has 81.9 %.) Our
 reading of the cause: scores tell how steadily the loss asks for a larger |W|, and hardly how much
 it needs W. So a large and useful W can go to 0 at once, and training must repair the damage before
 more weights are masked. What helps: more --steps, fewer layers, or the penalty of soft_mvp.py. (On
@@ -411,9 +411,9 @@ def main(args):
         parametrize.register_parametrization(layer, "weight", m)
     scores = [m.scores for m in masked]                 # S: (out, in) each
     # Unlike in soft_mvp.py and l0.py, --score_lr does not change the masks: scores start at 0, and
-    # Adam's steps are proportional to the rate, so twice the rate gives twice the scores, in the
-    # same order. Weight decay would make the scores forget the early steps: keep it at 0 where you
-    # copy this slot.
+    # Adam's steps are proportional to the rate. So twice the rate gives twice the scores, in the
+    # same order, and masks depend on the order alone. Weight decay would make the scores forget the
+    # early steps: keep it at 0 where you copy this slot.
     groups.append({"params": scores,
                    "lr": args.score_lr, "initial_lr": args.score_lr, "weight_decay": 0.0})
     # </method>

@@ -4,12 +4,12 @@
     python results/bench.py base --pairs 3     BERT-base's shape, random weights: 8 x 384 tokens on
                                                a CPU, 16 x 384 with --device cuda
 
-Each pair is two runs of the scripts themselves, dense (magnitude.py --sparsity 1)
-and then the method, one after the other, because a machine's speed drifts. Printed are the
-milliseconds of a step as the run's result.json has them, the first step included; a method's ratio
-to the dense run beside it (median and quartiles over the pairs); and the peak of memory: of the
-whole run on a CPU, of torch's allocator on a GPU. rpp: fine-tuning on a support. base multiplies in
-bf16 where the hardware does, as under the paper preset.
+Each pair is two runs of the scripts themselves, dense (magnitude.py --sparsity 1) and then the
+method, one after the other, because a machine's speed drifts. Printed are the milliseconds of a
+step as the run's result.json has them, the first step included; a method's ratio to the dense run
+beside it (median and quartiles over the pairs); and the peak of memory: of the whole run on a CPU,
+of torch's allocator on a GPU. rpp: fine-tuning on a support. base multiplies in bf16 where the
+hardware does, as under the paper preset.
 """
 import argparse
 import json

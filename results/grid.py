@@ -10,11 +10,11 @@
     python results/grid.py why/mix                             MGPP's spike, on mini
     python results/grid.py why/wait                            a later first cut, on mini
     python results/grid.py why/exponent                        RPP's exponent, on mini
-    python results/grid.py squad_gpu --model DIR --data DIR --jobs 12          on a GPU
-    python results/grid.py squad_2800 --model DIR --data DIR   a run of these at another rate, CPU
-    python results/grid.py sst2_gpu --model DIR --data DIR --jobs 12           the same
-    python results/grid.py cola_gpu --model DIR --data DIR --jobs 12           the same
-    python results/grid.py mini_gpu --jobs 2                   README's command on a GPU
+    python results/grid.py squad_gpu --model DIR --data DIR --jobs 12      SQuAD, on a GPU
+    python results/grid.py sst2_gpu --model DIR --data DIR --jobs 12       SST-2, on a GPU
+    python results/grid.py cola_gpu --model DIR --data DIR --jobs 12       CoLA, on a GPU
+    python results/grid.py mini_gpu --jobs 2                   README's command, on a GPU
+    python results/grid.py squad_2800 --model DIR --data DIR   squad_gpu at a higher rate, on a CPU
     python results/grid.py paper --corpus FILE                 BERT-base on a GPU; never run
 
 A run that has ended (result.json in its folder under --runs) is not made again. A killed one is

@@ -250,6 +250,9 @@ def test_findings():
     above = [f"{slowly(script, '0.1') - slowly('magnitude', '0.1'):.1f}"
              for script in ("soft_mvp", "l0", "mvp")]
     assert "beat magnitude by {}, {} and {} points".format(*above) in real.replace("\n", " ")
+    words = [f"{slowly(script, '0.1') - floor('real', 'sst2'):.1f}"
+             for script in ("soft_mvp", "l0", "mvp")]
+    assert "by {}, {} and {} (error".format(*words) in real
     gains = [f"{quickly(script, '0.1') - slowly(script, '0.1'):.1f}"
              for script in ("magnitude", "mgpp", "soft_mvp")]
     assert "gains {} points and MGPP {}, soft movement only {}".format(*gains) in real
@@ -270,7 +273,8 @@ def test_findings():
         row, = records("squad11.tsv", method=method, task="squad", sparsity=v)
         assert f"{name} {f1(row):.1f}" in many
     for name, method, v in (("magnitude", "magnitude", "0.3"), ("soft movement", "soft_mvp", "0.3"),
-                            ("L0", "l0", "0.3"), ("dense", "magnitude", "1")):
+                            ("movement", "mvp", "0.3"), ("L0", "l0", "0.3"),
+                            ("dense", "magnitude", "1")):
         row, = records("squad_10000.tsv", method=method, sparsity=v)
         assert f"{name} {f1(row):.1f}" in many.split("10,000 steps, lr")[1]
     questions = [seeds("mini.tsv", method, v, 1).split(" ")[0]

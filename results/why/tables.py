@@ -243,13 +243,12 @@ def moved():
     lines = []
     for row in read("why/moved.tsv"):
         kept = "dense" if row["kept_%"] == "100" else row["method"]
-        lines.append([kept, row["lr"].replace("0.0002", "2e-4").replace("e-05", "e-5"),
+        lines.append([kept, f"{float(row['lr']):.0e}".replace("e-0", "e-"),
                       *("" if kept == "dense" else row[name] for name in ("same_%", "chance_%")),
                       row["change"], row["size"],
                       f"{grid.score(row['task'], row['scores']):.1f}"])
     return markdown(["10 % kept", "lr", "large before, %", "by chance, %", "change", "size before",
-                     "accuracy"],
-                    lines)
+                     "accuracy"], lines)
 
 
 def spike():
