@@ -1,6 +1,7 @@
 """Drives the runs behind the tables, and writes what they measured to results/NAME.tsv.
 
     python results/grid.py mini --jobs 2                       the data in mini/: squad, mnli, qqp
+    python results/grid.py mini_lr --jobs 2                    the questions of mini, at higher rates
     python results/grid.py sst2_10000 --model DIR --data DIR   SST-2, three layers, 10,000 steps
     python results/grid.py squad11 --model DIR --data DIR      SQuAD 1.1, a small real BERT
     python results/grid.py sst2_3000 --model DIR --data DIR --corpus FILE      SST-2, 3,000 steps
@@ -64,6 +65,8 @@ RPP = ["rpp"]
 FINE_TUNED = [method for method in METHODS if method != "rpp"]
 WAIT = [f"{method}_wait" for method in FINE_TUNED]
 VARIANTS |= {column: column.replace("_wait", ".py --t_i 0.3") for column in WAIT}
+HIGHER = [f"{method}_{lr}" for lr in ("1e-3", "2e-3") for method in FINE_TUNED]
+VARIANTS |= {column: ".py --lr ".join(column.rsplit("_", 1)) for column in HIGHER}
 SPIKES = ["mgpp_1e-12", "mgpp_1e-8", "mgpp_1e-6", "mgpp_1e-4"]
 # name: [(task, fraction kept, seeds, columns)]
 GRIDS = {
@@ -74,6 +77,11 @@ GRIDS = {
         ("squad", 0.4, 3, RPP),
         ("squad", 0.1, 2, ["nip"]),
         ("squad", 0.03, 2, TEACHER),
+    ],
+    "mini_lr": [
+        ("squad", 0.03, 3, HIGHER),
+        ("squad", 0.1, 3, HIGHER),
+        ("squad", 1, 1, ["magnitude_1e-3", "magnitude_2e-3"]),
     ],
     "sst2_3000": [
         ("sst2", 1, 1, ["dense_3e-5", "dense_1e-4"]),
@@ -146,6 +154,7 @@ MINI = "--preset mini --device cpu"
 GPU = "--preset paper --device cuda --checkpoint_every 1000000"
 FLAGS = {
     "mini": MINI,
+    "mini_lr": MINI,
     "why/mix": MINI,
     "why/wait": MINI,
     "why/exponent": MINI,
