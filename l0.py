@@ -16,45 +16,47 @@ penalty.
     W' = W * z                               the matrix of the forward pass
     P  = P(z > 0) = sigmoid(S - beta log(-gamma / zeta))
     E  = P averaged in each matrix, then over the matrices
+    minimise  L + mu1 h + mu2 h^2            or, with --penalty LAMBDA, L + LAMBDA E
     gradient of W: dL/dW' * z    gradient of S: dL/dW' * W * dz/dS, plus the penalty's
 
     W, L         as in magnitude.py: a weight matrix (out, in), and the loss
     S            scores, (out, in), at the start 2.197 = logit(0.9), where P = 0.98: nearly all open
     beta         temperature, 2/3: the smaller it is, the more draws of z are exactly 0 or 1
     gamma, zeta  -0.1 and 1.1
-    v            fraction to keep at this step: falls from 1 to --sparsity (also kept) by schedule()
-    k            fraction of all weights whose gate is open without noise (`share` in the code)
-    h            k / v - 1, how far k is above v, relative to v (`excess`). k comes from a count and
-                 has no gradient, so the backward pass uses the gradient of E / v
-    mu1, mu2     multipliers, 0 at the start
+    v            fraction to keep at this step: falls from 1 to --sparsity, the fraction KEPT in the
+                 end, by schedule()
+    share        fraction of all weights whose gate is open without noise
+    h            share / v - 1, how far share is above v, relative to v (`excess` in the code). A
+                 count has no gradient, so the backward pass uses the gradient of E / v
+    mu1, mu2     what h and h^2 weigh, 0 at the start. After each step mu1 += 2 h, mu2 += 60 h^2
 
 Why noise? A gate that is shut passes no gradient of the loss. With noise it opens now and then, so
-its weight can come back. Counting, evaluating and saving use neither noise nor beta: there
-q = sigmoid(S), and the gate is open where S exceeds log(-gamma / zeta) = -2.398. (Both official
-codes drop beta here; with it the threshold would be -1.6.) What is saved is W * z with this z. E
-differs from k for two reasons. k counts a gate as 0 or 1, and E takes its probability, which is
-0.31 at the threshold. And in E a small matrix weighs as much as a large one.
+its weight can come back. Counting and saving use neither noise nor beta: there q = sigmoid(S), and
+the gate is open where S exceeds log(-gamma / zeta) = -2.398. What is saved is W * z with this z.
+Why without beta? We only follow both official codes. With it the threshold would be -1.6, where a
+gate is open in half of the draws; at -2.398 it is open in 31 %. E differs from share for two
+reasons. share counts a gate as 0 or 1, and E takes its probability. And in E a small matrix weighs
+as much as a large one.
 
 Sanh et al. minimise L + lambda E with a constant lambda, and keep the weights whose gates are open
 at the end, however many these are. `--penalty LAMBDA` does that; v then plays no part. (In their
 runs on SQuAD, without a teacher, a LAMBDA of 175 kept 9.8 %, and 600 kept 2.9 %.) By default you
-choose the fraction kept, and two multipliers steer k to v, as in the augmented Lagrangian of Wang,
-Wohlwend and Lei 2020, arXiv 1910.04732. mu1 grows while k is above v and falls while k is below.
-mu2 h^2 presses harder the larger the gap is; together they push a score with (mu1 + 2 mu2 h) / v
-times the gradient of E. Ours are the fall of v by magnitude.py's cubic, the form of h, and the
-step sizes 2 and 60. (They are large: E's gradient in one of N scores is tiny, below 1 / N.)
-
-    minimise  L + mu1 h + mu2 h^2,   after each step mu1 += 2 h and mu2 += 60 h^2
+choose the fraction kept, and two multipliers steer share to v, as in the augmented Lagrangian of
+Wang, Wohlwend and Lei 2020, arXiv 1910.04732. mu1 grows while share is above v and falls while it
+is below. mu2 h^2 presses harder the larger the gap is; together they push a score with
+(mu1 + 2 mu2 h) / v times the gradient of E. Ours are the fall of v by magnitude.py's cubic, the
+form of h, and the step sizes 2 and 60. (They are large because E's gradient in one of N scores is
+tiny, below 1 / N: beside the loss's gradient in that score, and Adam's eps, it has to count.)
 
 Unlike in mvp.py, the gate is random and takes any value from 0 to 1, the threshold is fixed, and no
 matrix has a count of its own: any may lose all its weights. Louizos et al. have one gate per input
 neuron, clamp S, add an L2 penalty on W, and keep a running average of W; the movement code does
-none of this, nor does this file. Train for 1,000 steps or more: in shorter runs k lags behind v.
---sparsity is the fraction KEPT.
+none of this, nor does this file. Train for 1,000 steps or more: in shorter runs share lags behind.
 
     python l0.py --task squad --sparsity 0.03
 
-Without CUDA, this runs on the made-up data in mini/, and the last line it prints begins:
+Without CUDA, this runs on the made-up data in mini/, where the F1 of a model without pruning is 99
+and that of a guesser 13.5. The last line begins:
 
     RESULT l0 squad keeps 3.00% (prunes 97.00%) EM 82.8 F1 83.1 | 1000 steps ..
 """
@@ -82,18 +84,18 @@ from torch.nn.utils import parametrize
 import common
 
 # <method: definitions>
-# ---- how many weights stay, and which have the highest scores (needed at the end, by close_gap)
+# ---- how many weights stay: v. And top_v, which only close_gap needs, at the end
 
 # Why gradually? A pruned weight takes its share of the work with it, and the other weights need
-# some steps to take that over. Why a cubic? Zhu and Gupta chose it because it is steep at first,
-# when many weights are of little use, and flat at the end, when each pruned weight is missed. Why
-# wait until t_i, and rest for the last t_f? The model first has to learn its task, and at the end
-# the weights that are left get time to adapt.
+# some steps to take that over. Why a cubic? Zhu and Gupta (1710.01878) chose it because it is steep
+# at first, when many weights are of little use, and flat at the end, when each pruned weight is
+# missed. Why wait for a first part of the run, t_i, and rest for a last part, t_f? The model first
+# has to learn its task, and at the end the weights that are left get time to adapt.
 # Official: masked_run_squad.py, lines 72-92. There t_i and t_f are numbers of steps that do not
 # grow with the run, so a short run ends before pruning starts. Steps count from 1 there (in
 # masked_run_glue.py from 0, as here).
 def schedule(step, steps, v_f, t_i, t_f):
-    """v, the fraction to keep at a step, by eq. 5 of Sanh et al. Steps count from 0.
+    """v, the fraction to keep at a step, by eq. 5 of Sanh et al.
 
     1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. The cubic part
     takes at least one step. (In a run of a few steps the last v can be above v_f. The slot
@@ -108,9 +110,9 @@ def schedule(step, steps, v_f, t_i, t_f):
 def kth_largest(x, k):
     """The k-th largest of the n elements of a flat tensor, 1 <= k <= n, as a 0-dim tensor."""
     n = len(x)
-    if x.device.type == "cpu":                          # numpy selects faster than kthvalue
+    if x.device.type == "cpu":                          # faster than torch's own kthvalue
         return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
-    if k > n // 2:                                      # fewer lie below: topk is faster there
+    if k > n // 2:                                      # counted from below it is a shorter topk
         return x.topk(n - k + 1, largest=False, sorted=False).values.max()
     return x.topk(k, sorted=False).values.min()
 
@@ -181,9 +183,9 @@ class Gated(nn.Module):
         self.register_buffer("noise", torch.zeros_like(weight), persistent=False)   # (out, in)
 
     def forward(self, weight):
-        # No noise where no gradient is wanted: to count, to evaluate, and to save W * z. (If you
-        # add gradient checkpointing, set use_reentrant=False. Otherwise its first pass runs without
-        # gradients, and so without noise.)
+        # No noise where no gradient is wanted: to count, and to save W * z. (If you add gradient
+        # checkpointing, set use_reentrant=False. Otherwise its first pass runs without gradients,
+        # and so without noise.)
         return weight * gate(self.scores, self.noise if torch.is_grad_enabled() else None)
 
 
@@ -195,7 +197,7 @@ def open_gates(scores):
 
 
 def share_kept(scores):
-    """k, as a float: the fraction of all weights whose gate is open without noise."""
+    """The fraction of all weights whose gate is open without noise, as a float."""
     return float(open_gates(scores)) / sum(s.numel() for s in scores)
 
 
@@ -203,8 +205,9 @@ def share_kept(scores):
 def close_gap(scores, v):
     """Move the scores nearest to the threshold just across it: round(v N) of all N then exceed it.
 
-    (One, if that is 0.) Afterwards every score is at least 0.001 away from the threshold. Returns
-    how many more gates are open than before; a negative number if fewer are.
+    (One, if that is 0.) Afterwards every score is at least 0.001 away from the threshold, so that
+    rounding in gate() cannot make z 0 where S is above it. Returns how many more gates are open
+    than before; a negative number if fewer are.
     """
     before = int(open_gates(scores))
     stays = top_v(torch.cat([s.flatten() for s in scores]), v)          # (N,)
@@ -216,18 +219,19 @@ def close_gap(scores, v):
 # </method>
 
 # <method: hyper-parameters>
-# In the paper preset, squad, mnli and qqp have the paper's values, from the authors' run sheet. The
-# other tasks' values and the mini preset are ours. "*" holds for all tasks; a task's own values
-# override it. warmup, t_i and t_f are fractions of all steps: lr rises during warmup, pruning
-# begins after t_i and ends t_f before the end. lr_end: the fraction of lr left after the last step.
-# length: the most tokens in one input. clip: the norm to which all gradients together are clipped.
-# score_lr: peak learning rate of the scores. ascent: step sizes of mu1 and mu2, ours.
+# The values of mini are ours. Under paper, those of squad, mnli and qqp, but for ascent, are the
+# paper's, from the authors' run sheet and scripts (where t_i and t_f do nothing for L0, as lambda
+# is constant); those of the other tasks are ours. "*" holds for all tasks; a task's own values
+# override it.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
     steps=1000, batch_size=32, lr=5e-4,
-    length=128, warmup=0.05, lr_end=0.0,
-    clip=1.0, t_i=0.05, t_f=0.3,
+    length=128,                     # the most tokens in one input
+    warmup=0.05, lr_end=0.0,        # the fraction of steps in which lr rises; of lr left at the end
+    clip=1.0,                       # the norm to which all gradients together are clipped
+    t_i=0.05, t_f=0.3,              # fractions of the steps: before v falls, and after its fall
+    # score_lr: peak learning rate of the scores; ascent: the step sizes of mu1 and mu2
     score_lr=1e-1, ascent=[2.0, 60.0]
 )
 PAPER = MINI | dict(
@@ -305,8 +309,8 @@ def lr_factor(step, steps, warmup, lr_end):
     return min(1.0, rise, lr_end + fall)
 
 
-# Official: masked_run_squad.py, lines 301-319. Its default mix is 0.5 and 0.5; ours, 0.1 and
-# 0.9, is that of the movement pruning paper. SQuAD has two KLs, start's and end's: their mean.
+# As in movement pruning's masked_run_squad.py, lines 301-319. Its default mix is 0.5 and 0.5; ours,
+# 0.1 and 0.9, is that of the paper. SQuAD has two KLs, start's and end's: their mean.
 def task_loss(net, batch, teacher, temperature=2.0):
     """The task's loss; to distil, 0.1 loss + 0.9 temperature^2 KL(teacher || student)."""
     out = net(**batch)
@@ -324,7 +328,7 @@ def task_loss(net, batch, teacher, temperature=2.0):
 
 
 def main(args):
-    """Fine-tune, prune, save and evaluate. Exits with status 3 if the goal was missed."""
+    """Fine-tune, prune, save and evaluate. Exits with 3 if more or less than the goal is kept."""
     # ---- the preset fills in what the command line left open
     given = {name: value for name, value in vars(args).items() if value is not None}
     preset = HYPER[args.preset]
@@ -401,7 +405,7 @@ def main(args):
     teacher = None
     if args.teacher:
         teacher = common.load_bert(args.teacher, data, teacher=True).to(device).eval()
-        print(f"the teacher's own scores: {data.evaluate(teacher)[0]}")
+        print(f"the teacher alone: {data.evaluate(teacher)[0]}")
     print(f"{len(data.train)} training examples, {data.n_dev} to evaluate | "
           f"{args.steps} steps of {args.batch_size} | lr {args.lr:g} | {args.model}")
     layers = common.prunable(model)                     # {name: Linear}, six matrices a layer
@@ -417,7 +421,7 @@ def main(args):
     for layer, m in zip(layers.values(), gated):
         parametrize.register_parametrization(layer, "weight", m)
     scores = [m.scores for m in gated]                  # S: (out, in) each
-    # In mvp.py only the order of the scores counts. Here their size does, too: the threshold is
+    # In mvp.py only the order of the scores counts. Here their values count: the threshold is
     # fixed, and to shut its gate a score has to fall from 2.197 to -2.398 within the run. So the
     # rate is ten times mvp.py's (except on QQP in the paper preset). Weight decay would pull all
     # scores to 0, where gates are open: keep it at 0 where you copy this slot.
@@ -469,13 +473,14 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        # The code outside the slots reads from them: v, the fraction to keep at this step; penalty,
-        # added to the loss; after the loop, goal, the fraction to keep in the end. None: undecided.
+        # The slots must set v, the fraction to keep now (for the log), and penalty, added to the
+        # loss; after the loop goal, the fraction to keep in the end. v, goal None: not given.
         # <method: before forward>
         # Noise before the forward pass: this step's loss is that of one draw of gates. The draw
         # depends on (seed, step) alone, so it is the same in all processes and in a resumed run.
-        # On a GPU the 2^32 keeps the noise apart from dropout's numbers. (A CPU's generator drops
-        # it: with one process, noise and dropout there begin alike.)
+        # 2^32 gives it another seed than dropout's. (Not on a CPU, whose generator reads only the
+        # lower 32 bits: with one process, noise and dropout start there from the same random
+        # numbers. Nothing else connects the two; we left it, for the measured rows.)
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
         generator.manual_seed(2**32 + args.seed * 1_000_003 + step)
         for m in gated:
@@ -493,10 +498,10 @@ def main(args):
             penalty = args.penalty * expected           # E itself: no estimate is needed
             v = None                                    # an outcome, not a goal
         else:
-            # A straight-through estimate: the forward pass uses k, a count, and the backward pass
-            # uses the gradient of E. (Adding E and subtracting E.detach() leaves the value as it
+            # A straight-through estimate: the forward pass uses a count, and the backward pass uses
+            # the gradient of E. (Adding E and subtracting E.detach() leaves the value as it
             # is, but for rounding, and gives it the gradient of E.)
-            share = open_gates(scores) / sum(s.numel() for s in scores)     # k
+            share = open_gates(scores) / sum(s.numel() for s in scores)
             excess = (share + expected - expected.detach()) / v - 1     # h
             mu1, mu2 = state["mu1"].float(), state["mu2"].float()
             penalty = mu1 * excess + mu2 * excess ** 2
@@ -541,8 +546,8 @@ def main(args):
             os.replace(out / "checkpoint.part", checkpoint)
 
     # <method: bake>
-    # Steering brings k close to the goal. close_gap does the rest: it moves the scores nearest to
-    # the threshold just across it. A gate that it opens gets a z of about 0.0001. A gate that it
+    # Steering brings share close to the goal. close_gap does the rest: it moves the scores nearest
+    # to the threshold just across it. A gate that it opens gets a z of about 0.0001. A gate that it
     # shuts had a z near 0, if few had to be shut. So W * z hardly changes. Then W * z becomes the
     # plain weight of a plain nn.Linear (torch reads it without gradients, so Gated.forward adds no
     # noise).
@@ -588,7 +593,7 @@ def main(args):
     checkpoint.unlink(missing_ok=True)
     print(line)
     if collapsed:
-        print("COLLAPSED: all answers alike. Try more steps or soft_mvp.py (results/why/README.md)")
+        print("COLLAPSED: all answers alike. Try more steps or another method (results/why/)")
     if missed:
         sys.exit(3)
 

@@ -15,7 +15,7 @@ are ranked together.)
     gradient of S:  dL/dW' * W        an estimate: see the class StraightThrough. All scores learn
 
     W, v, L      as in magnitude.py: a weight matrix (out, in); the fraction kept, which falls from
-                 1 to --sparsity while the model is fine-tuned; the loss
+                 1 to --sparsity (also a fraction KEPT) while the model is fine-tuned; the loss
     S            the scores of its weights, (out, in), 0 at the start, learned at --score_lr
 
 Where dL/dW' * W is negative, a step of gradient descent moves a kept W away from 0, and raises S.
@@ -27,21 +27,25 @@ learning, so it can come back.
 Unlike magnitude.py, this file ranks scores instead of |W|. The scores are learned, and a
 hand-written backward pass gives them their gradient. --sparsity 1, a dense run, is left to
 magnitude.py. All else is identical: diff the two files. The official code can also start the scores
-at values other than 0; this file cannot. --sparsity is the fraction KEPT.
+at values other than 0; this file cannot.
 
-A run can collapse: it ends at chance or not far above, often with the same answer for every input.
-On the real SST-2, with 10 % kept and a BERT of three layers, a run of 1,000 steps ended at chance,
-with an accuracy of 50.9 %. One of 10,000 steps did not: 81.3 % at --lr 3e-5, and 82.2 % at 2e-4.
-(magnitude.py had 78.4 % and 85.1 % there; a bag of words, with no BERT at all, has 81.9 %.) Our
-reading of the cause: scores tell how steadily the loss asks for a larger |W|, and hardly how much
-it needs W. So a large and useful W can go to 0 at once, and training must repair the damage before
-more weights are masked. What helps: more --steps, fewer layers, or the penalty of soft_mvp.py. (On
-mini a larger --t_i may help: with 10 % kept, one seed of ten collapsed with 0.05, none with 0.3.)
-The measurements are in results/why/README.md.
+The paper has movement ahead of magnitude: on SQuAD F1 81.7 against 78.5 with 10 % kept, and 76.3
+against 54.5 with 3 %. But in short runs it can collapse, that is, end at chance or not far above.
+On the real SST-2, with 10 % kept, a BERT of three layers and --lr 3e-5, a run of 1,000 steps ended
+at chance, with an accuracy of 50.9 %. A run of 10,000 steps ended at 81.3 %, and another, at 2e-4,
+at 82.2 %. (magnitude.py: 78.4 % at 3e-5, 85.1 % at 2e-4. A bag of words, with no BERT: 81.9 %.)
+
+Our reading of the cause: scores tell how steadily the loss asks for a larger |W|, and hardly how
+much it needs W. So a large and useful W can be masked; in one step it drops to 0, while
+magnitude.py masks only small ones. Training must repair that before more weights are masked. What
+helped: more --steps, fewer layers, or the penalty of soft_mvp.py. To prune later may help, too
+(--t_i is the fraction of the steps before it begins): on mini with 10 % kept, one seed of ten
+collapsed with 0.05, none with 0.3. The measurements are in results/why/README.md.
 
     python mvp.py --task squad --sparsity 0.1
 
-Without CUDA, this runs on the made-up data in mini/, and the last line it prints begins:
+Without CUDA, this runs on the made-up data in mini/, where the F1 of a model without pruning is 99
+and that of a guesser 13.5. The last line begins:
 
     RESULT mvp squad keeps 10.00% (prunes 90.00%) EM 91.5 F1 91.8 | 1000 steps ..
 """
@@ -70,15 +74,15 @@ import common
 # ---- which weights stay
 
 # Why gradually? A pruned weight takes its share of the work with it, and the other weights need
-# some steps to take that over. Why a cubic? Zhu and Gupta chose it because it is steep at first,
-# when many weights are of little use, and flat at the end, when each pruned weight is missed. Why
-# wait until t_i, and rest for the last t_f? The model first has to learn its task, and at the end
-# the weights that are left get time to adapt.
+# some steps to take that over. Why a cubic? Zhu and Gupta (1710.01878) chose it because it is steep
+# at first, when many weights are of little use, and flat at the end, when each pruned weight is
+# missed. Why wait for a first part of the run, t_i, and rest for a last part, t_f? The model first
+# has to learn its task, and at the end the weights that are left get time to adapt.
 # Official: masked_run_squad.py, lines 72-92. There t_i and t_f are numbers of steps that do not
 # grow with the run, so a short run ends before pruning starts. Steps count from 1 there (in
 # masked_run_glue.py from 0, as here).
 def schedule(step, steps, v_f, t_i, t_f):
-    """v, the fraction to keep at a step, by eq. 5 of Sanh et al. Steps count from 0.
+    """v, the fraction to keep at a step, by eq. 5 of Sanh et al.
 
     1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. The cubic part
     takes at least one step. (In a run of a few steps the last v can be above v_f. The slot
@@ -93,9 +97,9 @@ def schedule(step, steps, v_f, t_i, t_f):
 def kth_largest(x, k):
     """The k-th largest of the n elements of a flat tensor, 1 <= k <= n, as a 0-dim tensor."""
     n = len(x)
-    if x.device.type == "cpu":                          # numpy selects faster than kthvalue
+    if x.device.type == "cpu":                          # faster than torch's own kthvalue
         return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
-    if k > n // 2:                                      # fewer lie below: topk is faster there
+    if k > n // 2:                                      # counted from below it is a shorter topk
         return x.topk(n - k + 1, largest=False, sorted=False).values.max()
     return x.topk(k, sorted=False).values.min()
 
@@ -123,7 +127,7 @@ def top_v(scores, v):
 
 
 # With --scope global all matrices compete. One could lose all its weights: its output would then be
-# nothing but the bias. So each matrix first keeps its best 0.5 % (update_masks: or v, if smaller).
+# nothing but the bias. So each matrix first keeps its best 0.5 %; if v is smaller, its best v.
 # Official: binarizer.py, line 53.
 def least_share(n):
     """The fraction of its n weights that a matrix keeps at least: int(0.005 n) + 1 of n."""
@@ -147,10 +151,11 @@ def update_masks(masked, scores, v, scope="local"):
         sizes = [s.numel() for s in scores]
         ranked = torch.cat([s.flatten() for s in scores])               # (N,)
         # `ranked` is a copy. In it the best scores of each matrix, its least share (or v, if
-        # smaller), become infinite, so that they rank first. Each matrix rounds its count, so
-        # more than round(v N) can be infinite (mini, v = 0.5 %: 3936, not 3932). They are equal, so
-        # top_v keeps the first round(v N) of them, and the surplus at the end is lost. (Where a
-        # matrix keeps but one or two weights, that can empty the last ones.)
+        # smaller), become infinite, so that they rank first. If v is 0.5 % or less, nothing else is
+        # kept. As each matrix rounds its count, these counts can then add up to more than round(v
+        # N) (mini, v = 0.5 %: 3936, not 3932). Being equal, the first round(v N) of them stay, and
+        # the last matrices lose a few. (Where each keeps one or two weights, that can empty the
+        # last.)
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)
@@ -210,19 +215,18 @@ class Masked(nn.Module):
 # </method>
 
 # <method: hyper-parameters>
-# In the paper preset, squad, mnli and qqp have the paper's values, from the authors' run sheet. The
-# other tasks' values and the mini preset are ours. "*" holds for all tasks; a task's own values
-# override it. warmup, t_i and t_f are fractions of all steps: lr rises during warmup, pruning
-# begins after t_i and ends t_f before the end. lr_end: the fraction of lr left after the last step.
-# length: the most tokens in one input. clip: the norm to which all gradients together are clipped.
-# score_lr: peak learning rate of the scores.
+# The values of mini are ours. Under paper, those of squad, mnli and qqp are the paper's, from the
+# authors' run sheet and scripts; those of the other tasks are ours. "*" holds for all tasks; a
+# task's own values override it.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
     steps=1000, batch_size=32, lr=5e-4,
-    length=128, warmup=0.05, lr_end=0.0,
-    clip=1.0, t_i=0.05, t_f=0.3,
-    score_lr=1e-2
+    length=128,                     # the most tokens in one input
+    warmup=0.05, lr_end=0.0,        # the fraction of steps in which lr rises; of lr left at the end
+    clip=1.0,                       # the norm to which all gradients together are clipped
+    t_i=0.05, t_f=0.3,              # fractions of the steps: before v falls, and after its fall
+    score_lr=1e-2                   # peak learning rate of the scores
 )
 PAPER = MINI | dict(
     model="bert-base-uncased",
@@ -240,7 +244,7 @@ HYPER = {
         "squad": dict(epochs=10, batch_size=16, length=384,
                       warmup=0.1, t_i=0.1, t_f=0.2),
         "mnli": dict(warmup=0.16, t_i=0.16, t_f=0.16),
-        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1, t_i=0.2, t_f=0.3)  # the paper's runs have 3e-6
+        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1, t_i=0.2, t_f=0.3)  # 3e-6: the paper's, no slip
     }
 }
 # </method>
@@ -298,8 +302,8 @@ def lr_factor(step, steps, warmup, lr_end):
     return min(1.0, rise, lr_end + fall)
 
 
-# Official: masked_run_squad.py, lines 301-319. Its default mix is 0.5 and 0.5; ours, 0.1 and
-# 0.9, is that of the movement pruning paper. SQuAD has two KLs, start's and end's: their mean.
+# As in movement pruning's masked_run_squad.py, lines 301-319. Its default mix is 0.5 and 0.5; ours,
+# 0.1 and 0.9, is that of the paper. SQuAD has two KLs, start's and end's: their mean.
 def task_loss(net, batch, teacher, temperature=2.0):
     """The task's loss; to distil, 0.1 loss + 0.9 temperature^2 KL(teacher || student)."""
     out = net(**batch)
@@ -317,7 +321,7 @@ def task_loss(net, batch, teacher, temperature=2.0):
 
 
 def main(args):
-    """Fine-tune, prune, save and evaluate. Exits with status 3 if the goal was missed."""
+    """Fine-tune, prune, save and evaluate. Exits with 3 if more or less than the goal is kept."""
     # ---- the preset fills in what the command line left open
     given = {name: value for name, value in vars(args).items() if value is not None}
     preset = HYPER[args.preset]
@@ -394,7 +398,7 @@ def main(args):
     teacher = None
     if args.teacher:
         teacher = common.load_bert(args.teacher, data, teacher=True).to(device).eval()
-        print(f"the teacher's own scores: {data.evaluate(teacher)[0]}")
+        print(f"the teacher alone: {data.evaluate(teacher)[0]}")
     print(f"{len(data.train)} training examples, {data.n_dev} to evaluate | "
           f"{args.steps} steps of {args.batch_size} | lr {args.lr:g} | {args.model}")
     layers = common.prunable(model)                     # {name: Linear}, six matrices a layer
@@ -456,8 +460,8 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        # The code outside the slots reads from them: v, the fraction to keep at this step; penalty,
-        # added to the loss; after the loop, goal, the fraction to keep in the end. None: undecided.
+        # The slots must set v, the fraction to keep now (for the log), and penalty, added to the
+        # loss; after the loop goal, the fraction to keep in the end. v, goal None: not given.
         # <method: before forward>
         # Masks first, so that this step's loss and gradients are those of the pruned network.
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
@@ -543,7 +547,7 @@ def main(args):
     checkpoint.unlink(missing_ok=True)
     print(line)
     if collapsed:
-        print("COLLAPSED: all answers alike. Try more steps or soft_mvp.py (results/why/README.md)")
+        print("COLLAPSED: all answers alike. Try more steps or another method (results/why/)")
     if missed:
         sys.exit(3)
 

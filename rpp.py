@@ -18,8 +18,8 @@ weight that would cross 0 becomes 0:
 
     w_i = sign(a_i) max(|a_i| - lr gamma alpha_i, 0)
 
-If f0 needs a weight, Adam pushes it back in the next step; if not, it slides to 0. So the text has
-a say in what is kept, not the size of a weight alone.
+If f0 needs a weight, Adam pushes it back in the next step, as far as an Adam step reaches; if not,
+it slides to 0. So the text has a say in what is kept, not the size of a weight alone.
 
 Why "reweighted"? Pruning is divided into --rounds rounds of equal length. In the first, each
 alpha_i is 1. When round k ends, alpha_i becomes 1 / (|w_i|^p + eps): from then on small weights are
@@ -27,9 +27,9 @@ pulled harder than large ones.
 
     w            the N weights in the six matrices of each encoder layer, all layers together
     lr           pre-training's learning rate at this step
-    gamma        how hard all weights are pulled. It is chosen at each step so that the fraction v
-                 remains. (A smaller lr makes gamma larger: lr cancels in the formula above.)
-                 --gamma G fixes it instead, and v is not used
+    gamma        how hard all weights are pulled. By default it is not constant: at each step the
+                 product lr gamma is set so that the fraction v remains. (So lr changes Adam's half
+                 of a step alone.) --gamma G fixes gamma instead, and v is not used
     v            fraction kept: s + (1 - s) (1 - progress)^3. progress goes from 0 to 1 over the
                  rounds; s is --sparsity, the fraction KEPT
     p            min(k, 5), but 1 if --gamma is given
@@ -41,10 +41,13 @@ Our default is not the paper's method, as far as we know it: there gamma is fixe
 1. --gamma G comes nearer to it, with p = 1. v, its cubic and recover are ours.
 
 After the rounds, and in fine-tuning, zeros stay 0. Much of this file is BERT's pre-training. The
-method is five short functions and a helper, largest_to_go: fraction_kept, prox, reweight,
-solve_gamma, proximal_step. --nip runs the paper's baseline instead (NIP; from memory, "new
-iterative pruning"): magnitude pruning of all matrices together, in equal cuts ("stairs"), where a
-pruned weight stays 0. --sparsity 1 (without --gamma) is the control: it trains on the text and
+method is five short functions: fraction_kept, prox, reweight, solve_gamma and proximal_step.
+(largest_to_go helps them.)
+
+--nip runs the paper's baseline instead (NIP; from memory, "new iterative pruning"): magnitude
+pruning of all matrices together, in equal cuts ("stairs") until the rounds would end, where a
+pruned weight stays 0. On mini with 10 % kept and 2,000 steps of pre-training RPP has F1 65.2, NIP
+30.7 (three and two seeds). --sparsity 1 (without --gamma) is the control: it trains on the text and
 prunes nothing. The seconds in the last line do not include pre-training. A new run into the same
 folder deletes the old support; --nip and --gamma do not change the folder's name, so give them
 --out.
@@ -86,7 +89,7 @@ import common
 # ---- the method
 
 def fraction_kept(done, rounds_end, v_f, stairs=None):
-    """v after `done` steps: from 1 down to v_f (s above) at rounds_end, by the cubic.
+    """v after `done` steps: from 1 down to v_f (s in the docstring) at rounds_end, by the cubic.
 
     stairs: the number of equal cuts of --nip, instead of the cubic.
     """
@@ -98,7 +101,7 @@ def fraction_kept(done, rounds_end, v_f, stairs=None):
 
 
 def largest_to_go(x, v):
-    """The threshold: removing all elements up to it leaves max(1, round(v n)) of n.
+    """The limit: if every element <= it is removed, max(1, round(v n)) of the n are left.
 
     x: (n,), nothing negative. Returns a float, the largest element that goes; 0.0 if none has to.
     Elements equal to it go, too, so ties can cost a few more than wanted.
@@ -108,7 +111,7 @@ def largest_to_go(x, v):
         return 0.0
     if x.device.type == "cpu":                          # numpy selects without a sort
         return float(np.partition(x.numpy(), n_go - 1)[n_go - 1])
-    if n_go > len(x) // 2:                              # fewer lie above: topk is faster there
+    if n_go > len(x) // 2:                              # counted from above it is a shorter topk
         return float(x.topk(len(x) - n_go + 1, sorted=False).values.min())
     return float(x.topk(n_go, largest=False, sorted=False).values.max())
 
@@ -119,8 +122,8 @@ def largest_to_go(x, v):
 # hardly ever end at exactly 0. So Adam minimises f0 alone. Then a second, small problem lowers the
 # other term and stays near a, the point that Adam has reached (hence "proximal"):
 #     w = argmin_x (x - a)^2 / 2 + threshold |x|,  threshold = lr gamma alpha
-# (Adam's real step length differs from weight to weight. Using the same lr in every threshold is a
-# choice.) This small problem has an exact solution.
+# (Strictly, each threshold should have its own weight's step length, which under Adam differs from
+# weight to weight. We take lr for all.) The small problem has an exact solution.
 # For x > 0 the slope x - a + threshold is 0 at x = a - threshold, if that is above 0. For x < 0
 # the slope x - a - threshold is 0 at a + threshold, if that is below 0. Where |a| <= threshold
 # there is neither: the minimum is the kink at 0.
@@ -135,15 +138,15 @@ def prox(a, threshold):
 #
 # Can a zero come back? Adam moves zeros too. Until the round ends, a new zero keeps its old alpha,
 # so later pulls may be too weak to return it to 0. If it is 0 when the round ends, its alpha
-# becomes 1 / eps. With p = 1 no other weight is pulled nearly as hard, so it stays at 0. With p = 5
-# all weights well below 0.016 have about this alpha (|w|^5 < eps): among them only |a| decides, and
-# a zero can come back until the rounds are over.
+# becomes 1 / eps, and so, nearly, does that of each weight with |w|^p far below eps: with p = 1
+# those far below 1e-9, hardly any, so it stays at 0. With p = 5 they are those far below 0.016.
+# Among these only |a| decides, and a zero can come back until the rounds are over.
 #
-# Why p = k? From memory, the paper writes |w|^(t). Perhaps (t) only numbers w: the w after round t,
-# as in the lab's other code. Then there is no power, and p = 1. Or it is a power: then p is the
-# round's number. The first reading is likelier, but the second scores better on mini's questions
-# with 10 % kept (results/why/README.md), so it is the default here, up to 5. --gamma is meant to
-# come near the paper, so it takes the likelier p = 1.
+# Why p = k? From memory, the paper writes |w|^(t). Perhaps (t) is only an index, w being the one
+# after round t, as in the lab's other code. Then there is no power, and p = 1. Or it is a power:
+# then p is the round's number. The first reading is likelier, but the second scores better on
+# mini's questions with 10 % kept (results/why/README.md), so it is the default here, up to 5.
+# --gamma is meant to come near the paper, so it takes the likelier p = 1.
 def reweight(w, p, eps):
     """alpha = 1 / (|w|^p + eps), of w's shape."""
     return 1 / (w.abs() ** p + eps)
@@ -247,7 +250,7 @@ def mlm_nsp_batch(documents, tokenizer, words, batch_size, length, rng):
 
 
 class PreTraining(nn.Module):
-    """BERT's two losses. The vocabulary head runs where a word is asked for, one in seven."""
+    """BERT's two losses. The vocabulary head runs only on the words to be guessed, about 15 %."""
 
     def __init__(self, model):
         super().__init__()
@@ -285,22 +288,20 @@ def accuracy(net, batches, device):
 # Fine-tuning: the values of magnitude.py. Pre-training under the paper preset: rounds, lr,
 # batch_size and eps are RPP's, from memory; the rest, and the mini preset, are ours. --steps,
 # --batch_size and --lr hold in both phases; --pretrain_steps overrides --steps in pre-training. "*"
-# holds for all tasks; a task's own values override it. warmup: the fraction of all steps in which
-# lr rises. lr_end: the fraction of lr that is left after the last step. recover: the last fraction
-# of pre-training, after the rounds. p: the highest exponent. length: the most tokens in one input.
-# clip: the norm to which all gradients together are clipped.
+# holds for all tasks; a task's own values override it.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
     corpus=str(common.MINI / "corpus.txt"),
     steps=1000, batch_size=32, lr=5e-4,
-    length=128, warmup=0.05,
-    lr_end=0.0, clip=1.0,
-    rounds=12,
+    length=128,                     # the most tokens in one input
+    warmup=0.05, lr_end=0.0,        # the fraction of steps in which lr rises; of lr left at the end
+    clip=1.0,                       # the norm to which all gradients together are clipped
+    rounds=12,                      # of pre-training; --rounds sets it, so it stands by itself
     pretrain=dict(
-        steps=200, batch_size=32, lr=1e-3,
-        length=96, warmup=0.05, recover=0.3,
-        p=5, eps=1e-9
+        steps=200, batch_size=32, lr=1e-3, length=96, warmup=0.05,
+        recover=0.3,                # the last fraction of the steps, after the rounds
+        p=5, eps=1e-9               # the highest exponent; see reweight
     )
 )
 PAPER = MINI | dict(
@@ -325,7 +326,7 @@ HYPER = {
             epochs=10, batch_size=16, length=384, warmup=0.1
         ),
         "mnli": dict(warmup=0.16),
-        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1)  # movement pruning's runs have 3e-6
+        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1)  # 3e-6: movement pruning's
     }
 }
 # </method>
@@ -388,8 +389,8 @@ def lr_factor(step, steps, warmup, lr_end):
     return min(1.0, rise, lr_end + fall)
 
 
-# Official: masked_run_squad.py, lines 301-319. Its default mix is 0.5 and 0.5; ours, 0.1 and
-# 0.9, is that of the movement pruning paper. SQuAD has two KLs, start's and end's: their mean.
+# As in movement pruning's masked_run_squad.py, lines 301-319. Its default mix is 0.5 and 0.5; ours,
+# 0.1 and 0.9, is that of the paper. SQuAD has two KLs, start's and end's: their mean.
 def task_loss(net, batch, teacher, temperature=2.0):
     """The task's loss; to distil, 0.1 loss + 0.9 temperature^2 KL(teacher || student)."""
     out = net(**batch)
@@ -407,7 +408,7 @@ def task_loss(net, batch, teacher, temperature=2.0):
 
 
 def main(args):
-    """Fine-tune, prune, save and evaluate. Exits with status 3 if the goal was missed."""
+    """Fine-tune, prune, save and evaluate. Exits with 3 if more or less than the goal is kept."""
     # ---- the preset fills in what the command line left open
     given = {name: value for name, value in vars(args).items() if value is not None}
     preset = HYPER[args.preset]
@@ -498,7 +499,7 @@ def main(args):
     teacher = None
     if args.teacher:
         teacher = common.load_bert(args.teacher, data, teacher=True).to(device).eval()
-        print(f"the teacher's own scores: {data.evaluate(teacher)[0]}")
+        print(f"the teacher alone: {data.evaluate(teacher)[0]}")
     print(f"{len(data.train)} training examples, {data.n_dev} to evaluate | "
           f"{args.steps} steps of {args.batch_size} | lr {args.lr:g} | {args.model}")
     layers = common.prunable(model)                     # {name: Linear}, six matrices a layer
@@ -536,6 +537,12 @@ def main(args):
         if shapes[0] != shapes[1] or any(key.startswith(encoder) for key in lacking):
             raise SystemExit(f"--support {folder} does not fit --model {args.model}, or "
                              "lacks weights: give one that was pruned from the same BERT")
+    # An old run's results go before its log does: if this run is killed in between and resumed, it
+    # must not take them for its own.
+    unfinished = out / "pretraining.pt"
+    if rank == 0 and not args.resume:
+        shutil.rmtree(support, ignore_errors=True)
+        unfinished.unlink(missing_ok=True)
     # </method>
 
     # ---- the run's folder
@@ -547,10 +554,6 @@ def main(args):
 
     # <method: before the loop>
     # ---- pre-training: prune the pre-trained BERT on text, and save it in out/support
-    unfinished = out / "pretraining.pt"
-    if rank == 0 and not args.resume:
-        shutil.rmtree(support, ignore_errors=True)
-        unfinished.unlink(missing_ok=True)
     if support_done:
         pruned = BertForPreTraining.from_pretrained(support)
     elif pretrains:
@@ -603,12 +606,13 @@ def main(args):
             nn.utils.clip_grad_norm_(pruned.parameters(), args.clip)
             done = step + 1
             v = fraction_kept(done, rounds_end, args.sparsity, stairs)
-            k = min(done, rounds_end) * args.rounds // rounds_end       # rounds that have ended
+            ended_before = step * args.rounds // rounds_end             # rounds
+            ended = min(done, rounds_end) * args.rounds // rounds_end
             p = None
-            if k > step * args.rounds // rounds_end:        # one ends with this step
-                p = 1 if args.gamma else min(k, phase["p"])
+            if ended > ended_before:                        # one ends with this step
+                p = 1 if args.gamma else min(ended, phase["p"])
             gamma = 0.0
-            zeros = [w == 0 for w in weights]               # (out, in) each, before Adam moves them
+            zeros = [w == 0 for w in weights]               # for where they stay: Adam moves them
             optimizer.step()                                # the first half: w becomes a
             with torch.no_grad():
                 if step < rounds_end and not args.nip:      # the second half, while rounds last
@@ -651,14 +655,17 @@ def main(args):
 
     # ---- fine-tuning starts from the support's encoder, embeddings and pooler, not its heads
     parts = pruned.state_dict()
-    for key in lacking:                                     # not in --support: model keeps its own
+    for key in lacking:             # absent from --support, so random in `pruned`: not copied
         parts.pop(key)
     model.load_state_dict(parts, strict=False)
     del pruned, parts
-    goal = None if args.gamma else args.sparsity
+    goal = args.sparsity
     if args.support:
         goal = common.count_kept(model)[1]
         print(f"the support keeps {goal:.2%}: this is the goal, whatever --sparsity says")
+    elif args.gamma:
+        goal = None
+        print("--gamma decides what is kept: --sparsity is no goal of this run")
     remains = [layer.weight != 0 for layer in layers.values()]              # (out, in) each
     # </method>
 
@@ -689,8 +696,8 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        # The code outside the slots reads from them: v, the fraction to keep at this step; penalty,
-        # added to the loss; after the loop, goal, the fraction to keep in the end. None: undecided.
+        # The slots must set v, the fraction to keep now (for the log), and penalty, added to the
+        # loss; after the loop goal, the fraction to keep in the end. v, goal None: not given.
         # <method: before forward>
         v = goal                                        # nothing more is pruned
         # </method>
@@ -774,7 +781,7 @@ def main(args):
     checkpoint.unlink(missing_ok=True)
     print(line)
     if collapsed:
-        print("COLLAPSED: all answers alike. Try more steps or soft_mvp.py (results/why/README.md)")
+        print("COLLAPSED: all answers alike. Try more steps or another method (results/why/)")
     if missed:
         sys.exit(3)
 

@@ -2,15 +2,15 @@
 
 Paper: Sanh, Wolf and Rush 2020, "Movement Pruning", arXiv 2005.07683, section 4.
 Official code: huggingface/transformers-research-projects, movement-pruning, at fccd0cdab0. There
-the mask of --penalty (below) is "sigmoied_threshold" (sic), the penalty "l1".
+the penalty is "l1", and the mask, which our flag --penalty brings in, "sigmoied_threshold" (sic).
 
 Read mvp.py first: each weight has a score, which rises while fine-tuning pushes that weight away
 from 0. This file ranks the scores of all matrices together (mvp.py's --scope global is the default
 here), so the fraction kept may differ between matrices. It also adds to the loss a penalty that
 pushes all scores down. Under Adam, we think, a score then sinks first if removing its weight would
 hardly change the loss: the comment above sigmoid_penalty says why. What it buys: on SST-2 (six
-layers, 1,200 steps, 10 % kept) mvp.py falls to chance; the same run with this penalty, each
-matrix still ranked by itself, ends at 83.5 % (results/why/README.md).
+layers, 1,200 steps, 10 % kept, one seed) mvp.py falls to chance; the same run with this penalty,
+each matrix still ranked by itself, ends at 83.5 % (results/why/README.md).
 
     M  = 1 for round(v N) of all N scores, else 0: first the best 0.5 % of each matrix (or v, if
          that is smaller), then the highest of all others
@@ -22,23 +22,25 @@ matrix still ranked by itself, ends at 83.5 % (results/why/README.md).
 
     W, S, v, L   as in mvp.py. v falls from 1 to v_f, the fraction KEPT in the end (--sparsity)
     K            number of matrices (72 in BERT-base); n: weights in one of them; N: in all of them
-    r            how far v has come: 0 before pruning, 1 after it. v = 1 - (1 - v_f) r (`ramp`)
-    lambda       lambda_f r, so it grows as v falls; lambda_f is 1000 in both presets
+    r            how far pruning has come: 0 before it, 1 after it, by the same cubic for every v_f.
+                 v = 1 - (1 - v_f) r (`ramp` in the code)
+    lambda       lambda_f r, so it grows as v falls; lambda_f is 1000 (set in MINI; no flag)
 
 Here you choose the fraction kept; this variant is ours. The official code instead keeps every
 weight whose sigmoid(S) is above a threshold tau, however many these are (hence "soft"), but never
 less than 0.5 % of each matrix. `--penalty LAMBDA` runs that version: tau = 0.1 r, lambda =
 LAMBDA r, and neither --sparsity nor --scope decides what is kept. (In the paper's runs on SQuAD,
-without a teacher, a LAMBDA of 500 kept 13.9 %, and 1400 kept 2.6 %.) Both versions cut at a
-threshold: for given scores some tau gives the mask of --scope global (unless scores are equal, or v
-is below about 0.5 %).
+without a teacher, a LAMBDA of 500 kept 13.9 %, and 1400 kept 2.6 %.) The two versions give the
+count or the threshold. For the same scores this is no difference: the best v of all are those above
+some tau (but for equal scores, and v below about 0.5 %).
 
 The paper's text differs from its code: in the text M = (S > tau), tau and lambda are constant, and
 R is a sum.
 
     python soft_mvp.py --task squad --sparsity 0.03
 
-Without CUDA, this runs on the made-up data in mini/, and the last line it prints begins:
+Without CUDA, this runs on the made-up data in mini/, where the F1 of a model without pruning is 99
+and that of a guesser 13.5. The last line begins:
 
     RESULT soft_mvp squad keeps 3.00% (prunes 97.00%) EM 87.8 F1 88.5 | 1000 steps ..
 """
@@ -67,15 +69,15 @@ import common
 # ---- which weights stay
 
 # Why gradually? A pruned weight takes its share of the work with it, and the other weights need
-# some steps to take that over. Why a cubic? Zhu and Gupta chose it because it is steep at first,
-# when many weights are of little use, and flat at the end, when each pruned weight is missed. Why
-# wait until t_i, and rest for the last t_f? The model first has to learn its task, and at the end
-# the weights that are left get time to adapt.
+# some steps to take that over. Why a cubic? Zhu and Gupta (1710.01878) chose it because it is steep
+# at first, when many weights are of little use, and flat at the end, when each pruned weight is
+# missed. Why wait for a first part of the run, t_i, and rest for a last part, t_f? The model first
+# has to learn its task, and at the end the weights that are left get time to adapt.
 # Official: masked_run_squad.py, lines 72-92. There t_i and t_f are numbers of steps that do not
 # grow with the run, so a short run ends before pruning starts. Steps count from 1 there (in
 # masked_run_glue.py from 0, as here).
 def schedule(step, steps, v_f, t_i, t_f):
-    """v, the fraction to keep at a step, by eq. 5 of Sanh et al. Steps count from 0.
+    """v, the fraction to keep at a step, by eq. 5 of Sanh et al.
 
     1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. The cubic part
     takes at least one step. (In a run of a few steps the last v can be above v_f. The slot
@@ -90,9 +92,9 @@ def schedule(step, steps, v_f, t_i, t_f):
 def kth_largest(x, k):
     """The k-th largest of the n elements of a flat tensor, 1 <= k <= n, as a 0-dim tensor."""
     n = len(x)
-    if x.device.type == "cpu":                          # numpy selects faster than kthvalue
+    if x.device.type == "cpu":                          # faster than torch's own kthvalue
         return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
-    if k > n // 2:                                      # fewer lie below: topk is faster there
+    if k > n // 2:                                      # counted from below it is a shorter topk
         return x.topk(n - k + 1, largest=False, sorted=False).values.max()
     return x.topk(k, sorted=False).values.min()
 
@@ -120,7 +122,7 @@ def top_v(scores, v):
 
 
 # With --scope global all matrices compete. One could lose all its weights: its output would then be
-# nothing but the bias. So each matrix first keeps its best 0.5 % (update_masks: or v, if smaller).
+# nothing but the bias. So each matrix first keeps its best 0.5 %; if v is smaller, its best v.
 # Official: binarizer.py, line 53.
 def least_share(n):
     """The fraction of its n weights that a matrix keeps at least: int(0.005 n) + 1 of n."""
@@ -144,10 +146,11 @@ def update_masks(masked, scores, v, scope="local"):
         sizes = [s.numel() for s in scores]
         ranked = torch.cat([s.flatten() for s in scores])               # (N,)
         # `ranked` is a copy. In it the best scores of each matrix, its least share (or v, if
-        # smaller), become infinite, so that they rank first. Each matrix rounds its count, so
-        # more than round(v N) can be infinite (mini, v = 0.5 %: 3936, not 3932). They are equal, so
-        # top_v keeps the first round(v N) of them, and the surplus at the end is lost. (Where a
-        # matrix keeps but one or two weights, that can empty the last ones.)
+        # smaller), become infinite, so that they rank first. If v is 0.5 % or less, nothing else is
+        # kept. As each matrix rounds its count, these counts can then add up to more than round(v
+        # N) (mini, v = 0.5 %: 3936, not 3932). Being equal, the first round(v N) of them stay, and
+        # the last matrices lose a few. (Where each keeps one or two weights, that can empty the
+        # last.)
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)
@@ -158,9 +161,9 @@ def update_masks(masked, scores, v, scope="local"):
 TAU_F = 0.1                                             # tau in the end, as in the paper's runs
 
 
-# Official: binarizer.py, lines 24-66. A weight can be cut only while its score is below logit(tau),
-# which ends at -2.2 (tau = 0.1). Unlike in update_masks, v does not count: the least share is
-# always int(0.005 n) + 1.
+# Official: binarizer.py, lines 24-66. Outside the best 0.5 % of its matrix, a weight is masked
+# while its score is not above logit(tau), which rises to -2.2 (tau = 0.1). Unlike in update_masks,
+# v does not count: the least share is always int(0.005 n) + 1.
 @torch.no_grad()
 def update_masks_open(masked, scores, tau):
     """Write the masks of --penalty: M = (sigmoid(S) > tau), and the best 0.5 % of each matrix.
@@ -173,9 +176,9 @@ def update_masks_open(masked, scores, tau):
 
 # ---- how scores learn through a mask
 
-# The derivation is in mvp.py. The official backward pass takes 1 for the slope of
-# M = (sigmoid(S) > tau) in S, too: the sigmoid is left out (binarizer.py, lines 24-66). So one
-# class serves both masks, ours and that of --penalty.
+# The derivation is in mvp.py. The official mask is M = (sigmoid(S) > tau), but its backward pass
+# hands the gradient of M on to S as it is, without a factor sigmoid'(S) (binarizer.py, lines
+# 24-66). So one class serves both masks, ours and that of --penalty.
 class StraightThrough(torch.autograd.Function):
     """W' = W * M, with a backward pass that takes 1 for the slope of M in S."""
 
@@ -209,23 +212,25 @@ class Masked(nn.Module):
 # them all alike and leave their order in the matrix as it is. (Far from 0 it is smaller: at S = -5
 # p is 3 % of its largest value.)
 #
-# Our reading is that Adam makes the difference. It moves a score by about -lr * mean / size, where
-# mean is the running mean of its gradients, and size their running root mean square. Without a
-# penalty the scale of the gradients cancels: if all gradients of a score were ten times larger, it
-# would move just as far. With a penalty the scale counts, because p is the same for large and for
-# small loss gradients. For one score over recent steps, let m be the mean of the loss gradient
-# dL/dW' * W, and g its root mean square; neither contains p. The sign of this gradient changes from
-# batch to batch, so |m| is far below g. What matters then is how g compares with p:
-#     g far below p    mean / size is about 1:            the score sinks as fast as it can
-#     g far above p    mean / size is about (m + p) / g:  far below 1, so the score moves slowly
-# Removing a kept W changes the loss of one batch by about -dL/dW' * W, and g is the usual size of
-# this change. So the scores of weights that hardly matter to the loss sink first. Direction still
-# counts: where |m| is larger than p, the sign of m decides, as in mvp.py.
+# Our reading is that Adam makes the difference. For one score over recent steps, let m be the mean
+# and g the root mean square of the loss gradient dL/dW' * W alone. Adam moves a score by about -lr
+# times the mean of its whole gradient over that gradient's root mean square. Without a penalty this
+# is m / g, and the scale cancels: if all loss gradients of a score were ten times larger, it would
+# move just as far. With the penalty it is about (m + p) / sqrt(g^2 + p^2), and the scale counts,
+# because p is the same for large and for small loss gradients. The sign of a loss gradient changes
+# from batch to batch, so |m| is far below g. What matters then is how g compares with p:
+#     g far below p    the quotient is about 1: the score sinks as fast as it can
+#     g far above p    it is about (m + p) / g, far below 1: the score moves slowly
+# Why is g a measure of need? Removing a kept W changes the loss of one batch by about -dL/dW' * W.
+# Over many batches these changes nearly cancel (m is small), but g, their usual size, tells how
+# much the loss of a batch depends on W. So the scores of weights on which hardly any batch depends
+# sink first. Direction still counts: where |m| is larger than p, the sign of m decides, as in
+# mvp.py.
 #
-# Measured on SST-2, in one run: the rank correlation of S with g (here over all steps so far)
-# climbs from 0.02 to 0.85 while the fraction kept falls from 97 to 60 %. In a run without the
-# penalty it stays at 0.02, and that run falls to chance. We have not shown that the correlation is
-# what saves a run (results/why/README.md).
+# Measured on SST-2, in one run to 10 %: the rank correlation of S with g (here over all steps so
+# far) climbs from 0.02 to 0.85 while the fraction kept falls from 97 to 60 %; later it was not
+# measured. In a run without the penalty it stays at 0.02, and that run falls to chance. We have not
+# shown that the correlation is what saves a run (results/why/README.md).
 #
 # R takes the mean within each matrix first. A feed-forward matrix of BERT has four times as many
 # weights as an attention matrix, so its p is a quarter as large. Ranked together, the feed-forward
@@ -243,20 +248,19 @@ def sigmoid_penalty(scores):
 # </method>
 
 # <method: hyper-parameters>
-# In the paper preset, squad, mnli and qqp have the paper's values, from the authors' run sheet. The
-# other tasks' values and the mini preset are ours. "*" holds for all tasks; a task's own values
-# override it. warmup, t_i and t_f are fractions of all steps: lr rises during warmup, pruning
-# begins after t_i and ends t_f before the end. lr_end: the fraction of lr left after the last step.
-# length: the most tokens in one input. clip: the norm to which all gradients together are clipped.
-# score_lr: peak learning rate of the scores. lambda_f: our own value, the same for every goal, and
-# about as large as those of the paper's runs.
+# The values of mini are ours. Under paper, those of squad, mnli and qqp, but for lambda_f, are the
+# paper's, from the authors' run sheet and scripts; those of the other tasks are ours. "*" holds for
+# all tasks; a task's own values override it.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
     steps=1000, batch_size=32, lr=5e-4,
-    length=128, warmup=0.05, lr_end=0.0,
-    clip=1.0, t_i=0.05, t_f=0.3,
-    score_lr=1e-2, lambda_f=1000.0
+    length=128,                     # the most tokens in one input
+    warmup=0.05, lr_end=0.0,        # the fraction of steps in which lr rises; of lr left at the end
+    clip=1.0,                       # the norm to which all gradients together are clipped
+    t_i=0.05, t_f=0.3,              # fractions of the steps: before v falls, and after its fall
+    score_lr=1e-2,                  # peak learning rate of the scores
+    lambda_f=1000.0                 # ours, for every goal; the paper's runs have similar ones
 )
 PAPER = MINI | dict(
     model="bert-base-uncased",
@@ -274,7 +278,7 @@ HYPER = {
         "squad": dict(epochs=10, batch_size=16, length=384,
                       warmup=0.1, t_i=0.1, t_f=0.2),
         "mnli": dict(warmup=0.16, t_i=0.16, t_f=0.16),
-        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1, t_i=0.2, t_f=0.3)  # the paper's runs have 3e-6
+        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1, t_i=0.2, t_f=0.3)  # 3e-6: the paper's, no slip
     }
 }
 # </method>
@@ -335,8 +339,8 @@ def lr_factor(step, steps, warmup, lr_end):
     return min(1.0, rise, lr_end + fall)
 
 
-# Official: masked_run_squad.py, lines 301-319. Its default mix is 0.5 and 0.5; ours, 0.1 and
-# 0.9, is that of the movement pruning paper. SQuAD has two KLs, start's and end's: their mean.
+# As in movement pruning's masked_run_squad.py, lines 301-319. Its default mix is 0.5 and 0.5; ours,
+# 0.1 and 0.9, is that of the paper. SQuAD has two KLs, start's and end's: their mean.
 def task_loss(net, batch, teacher, temperature=2.0):
     """The task's loss; to distil, 0.1 loss + 0.9 temperature^2 KL(teacher || student)."""
     out = net(**batch)
@@ -354,7 +358,7 @@ def task_loss(net, batch, teacher, temperature=2.0):
 
 
 def main(args):
-    """Fine-tune, prune, save and evaluate. Exits with status 3 if the goal was missed."""
+    """Fine-tune, prune, save and evaluate. Exits with 3 if more or less than the goal is kept."""
     # ---- the preset fills in what the command line left open
     given = {name: value for name, value in vars(args).items() if value is not None}
     preset = HYPER[args.preset]
@@ -431,7 +435,7 @@ def main(args):
     teacher = None
     if args.teacher:
         teacher = common.load_bert(args.teacher, data, teacher=True).to(device).eval()
-        print(f"the teacher's own scores: {data.evaluate(teacher)[0]}")
+        print(f"the teacher alone: {data.evaluate(teacher)[0]}")
     print(f"{len(data.train)} training examples, {data.n_dev} to evaluate | "
           f"{args.steps} steps of {args.batch_size} | lr {args.lr:g} | {args.model}")
     layers = common.prunable(model)                     # {name: Linear}, six matrices a layer
@@ -447,8 +451,8 @@ def main(args):
     for layer, m in zip(layers.values(), masked):
         parametrize.register_parametrization(layer, "weight", m)
     scores = [m.scores for m in masked]                 # S: (out, in) each
-    # In mvp.py only the order of the scores counts, so --score_lr does not matter. Here it does: p
-    # and the mask of --penalty depend on S itself. No weight decay, as in mvp.py.
+    # Unlike in mvp.py, --score_lr matters: p and the mask of --penalty depend on the values of S,
+    # not only on their order. No weight decay, as in mvp.py.
     groups.append({"params": scores,
                    "lr": args.score_lr, "initial_lr": args.score_lr, "weight_decay": 0.0})
     # </method>
@@ -492,8 +496,8 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        # The code outside the slots reads from them: v, the fraction to keep at this step; penalty,
-        # added to the loss; after the loop, goal, the fraction to keep in the end. None: undecided.
+        # The slots must set v, the fraction to keep now (for the log), and penalty, added to the
+        # loss; after the loop goal, the fraction to keep in the end. v, goal None: not given.
         # <method: before forward>
         # Masks first, so that this step's loss and gradients are those of the pruned network.
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
@@ -591,7 +595,7 @@ def main(args):
     checkpoint.unlink(missing_ok=True)
     print(line)
     if collapsed:
-        print("COLLAPSED: all answers alike. Try more steps or soft_mvp.py (results/why/README.md)")
+        print("COLLAPSED: all answers alike. Try more steps or another method (results/why/)")
     if missed:
         sys.exit(3)
 

@@ -49,7 +49,7 @@ MINI = Path(__file__).resolve().parent.parent / "mini"
 # ---- copied from soft_mvp.py: <method: definitions>, without the open loop
 
 def schedule(step, steps, v_f, t_i, t_f):
-    """v, the fraction to keep at a step, by eq. 5 of Sanh et al. Steps count from 0.
+    """v, the fraction to keep at a step, by eq. 5 of Sanh et al.
 
     1 until t_i * steps, then down the cubic, then v_f for the last t_f * steps. The cubic part
     takes at least one step. (In a run of a few steps the last v can be above v_f. The slot
@@ -64,9 +64,9 @@ def schedule(step, steps, v_f, t_i, t_f):
 def kth_largest(x, k):
     """The k-th largest of the n elements of a flat tensor, 1 <= k <= n, as a 0-dim tensor."""
     n = len(x)
-    if x.device.type == "cpu":                          # numpy selects faster than kthvalue
+    if x.device.type == "cpu":                          # faster than torch's own kthvalue
         return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
-    if k > n // 2:                                      # fewer lie below: topk is faster there
+    if k > n // 2:                                      # counted from below it is a shorter topk
         return x.topk(n - k + 1, largest=False, sorted=False).values.max()
     return x.topk(k, sorted=False).values.min()
 
@@ -111,10 +111,11 @@ def update_masks(masked, scores, v, scope="local"):
         sizes = [s.numel() for s in scores]
         ranked = torch.cat([s.flatten() for s in scores])               # (N,)
         # `ranked` is a copy. In it the best scores of each matrix, its least share (or v, if
-        # smaller), become infinite, so that they rank first. Each matrix rounds its count, so
-        # more than round(v N) can be infinite (mini, v = 0.5 %: 3936, not 3932). They are equal, so
-        # top_v keeps the first round(v N) of them, and the surplus at the end is lost. (Where a
-        # matrix keeps but one or two weights, that can empty the last ones.)
+        # smaller), become infinite, so that they rank first. If v is 0.5 % or less, nothing else is
+        # kept. As each matrix rounds its count, these counts can then add up to more than round(v
+        # N) (mini, v = 0.5 %: 3936, not 3932). Being equal, the first round(v N) of them stay, and
+        # the last matrices lose a few. (Where each keeps one or two weights, that can empty the
+        # last.)
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)

@@ -69,9 +69,9 @@ def run(method, data, out, *flags):
 
 
 def start(words, **more):
-    """Run a command in a process of its own, to its end."""
+    """Run a command in a process of its own, to its end. One that stands still is a failure."""
     return subprocess.run([str(word) for word in words], cwd=ROOT, capture_output=True, text=True,
-                          **more)
+                          timeout=300, **more)
 
 
 def start_script(method, data, out, *flags):
