@@ -25,7 +25,7 @@ penalty.
     gamma, zeta  -0.1 and 1.1
     v            fraction to keep at this step: falls from 1 to --sparsity, the fraction KEPT in the
                  end, by schedule()
-    share        fraction of all weights whose gate is open without noise
+    share        fraction of all prunable weights whose gate is open without noise
     h            share / v - 1, how far share is above v, relative to v (`excess` in the code). A
                  count has no gradient, so the backward pass uses the gradient of E / v
     mu1, mu2     what h and h^2 weigh, 0 at the start. After each step mu1 += 2 h, mu2 += 60 h^2
@@ -33,10 +33,10 @@ penalty.
 Why noise? A gate that is shut passes no gradient of the loss. With noise it opens now and then, so
 its weight can come back. Counting and saving use neither noise nor beta: there q = sigmoid(S), and
 the gate is open where S exceeds log(-gamma / zeta) = -2.398. What is saved is W * z with this z.
-Why without beta? We only follow both official codes. With it the threshold would be -1.6, where a
-gate is open in half of the draws; at -2.398 it is open in 31 %. E differs from share for two
-reasons. share counts a gate as 0 or 1, and E takes its probability. And in E a small matrix weighs
-as much as a large one.
+Why without beta? We only follow both official codes. With q = sigmoid(S / beta) the threshold would
+be -1.6, where P is 0.5. At -2.398 P is 0.31: share also counts gates that are shut in most draws.
+So share is not what E expects. E takes the probability P, and share takes 0 or 1, at this lower
+threshold; and in E a small matrix weighs as much as a large one.
 
 Sanh et al. minimise L + lambda E with a constant lambda, and keep the weights whose gates are open
 at the end, however many these are. `--penalty LAMBDA` does that; v then plays no part. (In their
@@ -44,9 +44,10 @@ runs on SQuAD, without a teacher, a LAMBDA of 175 kept 9.8 %, and 600 kept 2.9 %
 choose the fraction kept, and two multipliers steer share to v, as in the augmented Lagrangian of
 Wang, Wohlwend and Lei 2020, arXiv 1910.04732. mu1 grows while share is above v and falls while it
 is below. mu2 h^2 presses harder the larger the gap is; together they push a score with
-(mu1 + 2 mu2 h) / v times the gradient of E. Ours are the fall of v by magnitude.py's cubic, the
-form of h, and the step sizes 2 and 60. (They are large because E's gradient in one of N scores is
-tiny, below 1 / N: beside the loss's gradient in that score, and Adam's eps, it has to count.)
+(mu1 + 2 mu2 h) / v times the gradient of E. Three things are not from that paper: v falls by
+magnitude.py's cubic, h is relative to v, and the step sizes are 2 and 60. They are so large because
+E's gradient in one of N scores is below 1 / N: it has to hold its own against the loss's gradient
+in that score, and against Adam's eps.
 
 Unlike in mvp.py, the gate is random and takes any value from 0 to 1, the threshold is fixed, and no
 matrix has a count of its own: any may lose all its weights. Louizos et al. have one gate per input
@@ -74,7 +75,7 @@ import transformers
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-# From here on, all code outside the slots, <method: ..> to </method>, is the same in all six files.
+# From here on, code outside the slots, <method: ..> to </method>, is the same in all six scripts.
 # <method: imports>
 import math
 
@@ -84,7 +85,7 @@ from torch.nn.utils import parametrize
 import common
 
 # <method: definitions>
-# ---- how many weights stay: v. And top_v, which only close_gap needs, at the end
+# ---- v, how many weights stay; and top_v, which only close_gap needs, at the end
 
 # Why gradually? A pruned weight takes its share of the work with it, and the other weights need
 # some steps to take that over. Why a cubic? Zhu and Gupta (1710.01878) chose it because it is steep
@@ -117,8 +118,8 @@ def kth_largest(x, k):
     return x.topk(k, sorted=False).values.min()
 
 
-# Official: binarizer.py, lines 95-103. That code sorts in each forward pass, keeps int(v n), and
-# leaves open which of equal scores stay.
+# As in mvp.py. (Official: binarizer.py, lines 95-103. Neither official L0 code ranks: only our
+# close_gap does.)
 def top_v(scores, v):
     """Top_v: True for the highest round(v n) of the n scores, but always for at least one.
 
@@ -219,10 +220,10 @@ def close_gap(scores, v):
 # </method>
 
 # <method: hyper-parameters>
-# The values of mini are ours. Under paper, those of squad, mnli and qqp, but for ascent, are the
-# paper's, from the authors' run sheet and scripts (where t_i and t_f do nothing for L0, as lambda
-# is constant); those of the other tasks are ours. "*" holds for all tasks; a task's own values
-# override it.
+# The values of mini are ours. Under paper, those of squad, mnli and qqp, except ascent, are the
+# paper's, also where they come from MINI (from the authors' run sheet and scripts; t_i and t_f do
+# nothing for L0 there, as lambda is constant); those of the other tasks are ours. "*" holds for all
+# tasks; a task's own values override it.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
@@ -310,7 +311,7 @@ def lr_factor(step, steps, warmup, lr_end):
 
 
 # As in movement pruning's masked_run_squad.py, lines 301-319. Its default mix is 0.5 and 0.5; ours,
-# 0.1 and 0.9, is that of the paper. SQuAD has two KLs, start's and end's: their mean.
+# 0.1 and 0.9, is from its paper. SQuAD has two KLs, start's and end's: their mean.
 def task_loss(net, batch, teacher, temperature=2.0):
     """The task's loss; to distil, 0.1 loss + 0.9 temperature^2 KL(teacher || student)."""
     out = net(**batch)
@@ -328,7 +329,7 @@ def task_loss(net, batch, teacher, temperature=2.0):
 
 
 def main(args):
-    """Fine-tune, prune, save and evaluate. Exits with 3 if more or less than the goal is kept."""
+    """Fine-tune, prune, save and evaluate. Exits with 3 if the goal was clearly missed."""
     # ---- the preset fills in what the command line left open
     given = {name: value for name, value in vars(args).items() if value is not None}
     preset = HYPER[args.preset]
@@ -473,14 +474,15 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        # The slots must set v, the fraction to keep now (for the log), and penalty, added to the
-        # loss; after the loop goal, the fraction to keep in the end. v, goal None: not given.
+        # The slots set v, the fraction to keep now (the log's "goal"), and penalty, added to the
+        # loss; the last one sets goal, the fraction to keep in the end. v or goal may be None: not
+        # given.
         # <method: before forward>
         # Noise before the forward pass: this step's loss is that of one draw of gates. The draw
         # depends on (seed, step) alone, so it is the same in all processes and in a resumed run.
         # 2^32 gives it another seed than dropout's. (Not on a CPU, whose generator reads only the
         # lower 32 bits: with one process, noise and dropout start there from the same random
-        # numbers. Nothing else connects the two; we left it, for the measured rows.)
+        # numbers. We know of no harm from that. To change it would change the measured results.)
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
         generator.manual_seed(2**32 + args.seed * 1_000_003 + step)
         for m in gated:
@@ -492,7 +494,7 @@ def main(args):
             loss = task_loss(net, batch, teacher)
 
         # <method: penalty>
-        # (If you accumulate gradients, add it once per step, not once per micro-batch.)
+        # If you accumulate gradients, add the penalty once per step, not once per micro-batch.
         expected = expected_l0(scores)                  # E
         if args.penalty is not None:
             penalty = args.penalty * expected           # E itself: no estimate is needed
@@ -558,7 +560,7 @@ def main(args):
         moved = close_gap(scores, goal)
         print(f"{was:.2%} of the gates were open; {abs(moved)} were switched to meet the goal")
         if abs(was - goal) > 0.1 * goal:
-            print("more than a tenth of those kept: the run was too short, give more --steps")
+            print("more than a tenth of those kept: the run may be too short, give more --steps")
     for layer in layers.values():
         parametrize.remove_parametrizations(layer, "weight")
     # </method>

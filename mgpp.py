@@ -8,8 +8,9 @@ assumption, the prior, as a weighted sum of two normal densities centred on 0: a
 wide slab. Training looks for the most probable weights, given the data and the prior. So a weight
 inside the spike, where the spike's term of the sum is the larger one, is pulled strongly towards 0,
 and a larger weight barely at all. At intervals the weights of smallest |w|, ranked over all
-matrices together, are set to 0, more of them each time. The hope: the spike holds small weights
-near 0 and the slab leaves the others free, so little is lost.
+matrices together, are set to 0, more of them each time. (The spike is so narrow that before
+training hardly one weight in a thousand lies in it: the zeroings bring them there.) The hope: the
+spike holds these weights near 0 and the slab leaves the others free, so little is lost.
 
     pi(w)    = lam p(w; s1) + (1 - lam) p(w; s0)      p(w; s): normal density at w, variance s
     g(w)     = (1 - lam) p(w; s0) / pi(w)             the spike's share of the density at w
@@ -35,30 +36,31 @@ near 0 and the slab leaves the others free, so little is lost.
 
 The first zeroing comes after t_i T steps, the last after T - t_f T steps. In between there is one
 whenever t is a multiple of --interval. A zeroed weight is not masked: the next step moves it off 0
-again, and the next zeroing removes it again unless it has grown enough by then. At 0 it is in the
-middle of the spike. (Of the weights before training hardly one in a thousand is in there: zeroings
-bring them.) The pull keeps it inside only if AdamW's steps are shorter than the way from 0 to the
-spike's end. On mini they are ten times as long; under the paper preset about as long with --spike
-1e-10, and a third with 1e-9. After the last zeroing the gradient is dL/dw alone, and the zeros are
-put back after each step. (With the paper's t_f of 0 the run ends there.)
+again, and the next zeroing removes it again unless it has grown enough by then. The pull keeps it
+in the spike only if a step of AdamW, which is about lr long, is shorter than the way from 0 to the
+spike's end. On mini that way is 5e-5, and lr, at its peak, is 5e-4. (Under the paper preset a step
+is about as long as the way with --spike 1e-10, and a third of it with 1e-9.) After the last zeroing
+the gradient is dL/dw alone, and the zeros are put back after each step. (With the paper's t_f of 0
+the run ends there.)
 
-Is the hope fulfilled? Not in our runs. On mini's squad (the made-up questions in mini/) with 10 %
-kept, F1 is 81.6 with the spike and 87.0 with --mix 1, plain L2 (three seeds each). With 3 % kept,
-and on the real SST-2, we saw no clear difference (results/why/README.md). The reason may be that on
-mini the spike does not hold weights but throws them out. It ends at 5e-5, and lr is 5e-4. At
-exactly 0 the pull is 0, but a weight that lands elsewhere inside gets one huge gradient. AdamW
-answers with a step of one to two lr, past 0 and out on the other side. Momentum carries the weight
-on, 0.9 times as far in each step, in all about ten times as far. And for hundreds of steps AdamW's
-second moment remembers the huge gradient, so that the loss hardly moves this weight. Only shortly
-before the last zeroing do weights stay in the spike from step to step. Why they stay then, we have
-not tested.
+Does the spike help? Not in our runs. On mini's squad (the made-up questions in mini/) with 10 %
+kept, the mean F1 of three seeds is 81.6 with the spike and 87.0 with --mix 1, plain L2. With 3 %
+kept, and on the real SST-2, we saw no clear difference (results/why/README.md). The reason may be
+that on mini the spike does not hold weights but throws them out. At exactly 0 the pull is 0, but a
+weight that lands elsewhere inside gets one huge gradient. AdamW answers with a step of one to two
+lr (of three, late in a long run), past 0 and out on the other side. Momentum goes on, 0.9 times as
+far in each step, in all about ten times as far. There the next zeroing may keep the weight, for a
+size that says nothing of its use. And for the rest of a run of this length AdamW's second moment
+remembers the huge gradient, so that the loss hardly moves the weight. (Only shortly before the last
+zeroing, when lr is smaller, do weights stay in the spike from step to step.) We have not tested
+this explanation.
 
-Unlike magnitude.py: zeros are written into the weights, all matrices are always ranked together, a
-matrix may lose all its weights, and no gradient is clipped. Unlike the author's code: exactly
-round(v N) weights remain, and fine-tuning freezes the embeddings, as in the other files. The
-author's scripts changed over time; this file follows those of Feb 2024. In the comments, "Official"
-means the author's code, except where it names masked_run_squad.py or binarizer.py: these belong to
-movement pruning's code (see magnitude.py).
+Unlike magnitude.py: zeros are written into the weights, which go on learning; all matrices are
+always ranked together, a matrix may lose all its weights, and no gradient is clipped. Unlike the
+author's code: exactly round(v N) weights remain, and fine-tuning freezes the embeddings, as in the
+other files. The author's scripts changed over time; this file follows those of Feb 2024. In the
+comments, "Official" means the author's code, except where it names masked_run_squad.py or
+binarizer.py: these belong to movement pruning's code (see magnitude.py).
 
     python mgpp.py --task squad --sparsity 0.1
 
@@ -81,7 +83,7 @@ import transformers
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-# From here on, all code outside the slots, <method: ..> to </method>, is the same in all six files.
+# From here on, code outside the slots, <method: ..> to </method>, is the same in all six scripts.
 # <method: imports>
 import math
 
@@ -116,8 +118,8 @@ def schedule(step, steps, v_f, t_i, t_f):
 def fraction_left(step, steps, v_f, t_i, t_f, v_i):
     """v, the fraction left by a zeroing after `step` steps: from v_i at t_i down to v_f.
 
-    If v_i is below v_f, each zeroing leaves v_f. Before t_i it is 1, but only a run of a few steps
-    asks then.
+    If v_i is below v_f, each zeroing leaves v_f. Before t_i it is 1, but only a run whose cubic
+    part is a step or two asks then.
     """
     if step < t_i * steps:
         return 1.0
@@ -127,7 +129,7 @@ def fraction_left(step, steps, v_f, t_i, t_f, v_i):
 
 # Official: MWA.py, lines 114-126.
 def mixing_weight(step, steps, t_i, t_f):
-    """lam, the weight of the slab: it falls linearly from 0.1 at t_i to 1e-4 at 1 - t_f.
+    """lam, the slab's share: it falls linearly from 0.1 at t_i to 1e-4 at 1 - t_f.
 
     Like schedule's cubic, this ramp is at least one step long.
     """
@@ -140,7 +142,7 @@ def mixing_weight(step, steps, t_i, t_f):
 # Training minimises
 #     -log posterior = (sum of the losses of n examples) - (sum of log pi(w) over all w) + constant
 # L is the mean of these losses, so we divide everything by n: the gradient is dL/dw + pull(w) / n.
-# (With --teacher, L is no longer the -log of a likelihood; the pull stays the same. For questions
+# (With --teacher, L is no longer the -log of a likelihood; the pull stays the same. On SQuAD
 # transformers' L is the mean of start's and end's loss, half of their -log likelihood: there the
 # prior counts double.)
 #
@@ -310,7 +312,7 @@ def lr_factor(step, steps, warmup, lr_end):
 
 
 # As in movement pruning's masked_run_squad.py, lines 301-319. Its default mix is 0.5 and 0.5; ours,
-# 0.1 and 0.9, is that of the paper. SQuAD has two KLs, start's and end's: their mean.
+# 0.1 and 0.9, is from its paper. SQuAD has two KLs, start's and end's: their mean.
 def task_loss(net, batch, teacher, temperature=2.0):
     """The task's loss; to distil, 0.1 loss + 0.9 temperature^2 KL(teacher || student)."""
     out = net(**batch)
@@ -328,7 +330,7 @@ def task_loss(net, batch, teacher, temperature=2.0):
 
 
 def main(args):
-    """Fine-tune, prune, save and evaluate. Exits with 3 if more or less than the goal is kept."""
+    """Fine-tune, prune, save and evaluate. Exits with 3 if the goal was clearly missed."""
     # ---- the preset fills in what the command line left open
     given = {name: value for name, value in vars(args).items() if value is not None}
     preset = HYPER[args.preset]
@@ -459,14 +461,15 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        # The slots must set v, the fraction to keep now (for the log), and penalty, added to the
-        # loss; after the loop goal, the fraction to keep in the end. v, goal None: not given.
+        # The slots set v, the fraction to keep now (the log's "goal"), and penalty, added to the
+        # loss; the last one sets goal, the fraction to keep in the end. v or goal may be None: not
+        # given.
         # <method: before forward>
         # Only decided here, for the slots below; the zeroing comes after the optimizer's step.
         t = step + 1                                        # steps done by then
         pulls = t <= end                                    # up to the last zeroing
         due = t in (begin, end) or (begin < t < end and t % args.interval == 0)
-        v = None        # nothing is zeroed (and the log shows nearly all as kept: zeros move again)
+        v = None        # nothing is zeroed; the log counts nearly all as kept, as zeros move off 0
         if due or not pulls:                                # not pulls: only for the log
             v = fraction_left(t, args.steps, args.sparsity, args.t_i, args.t_f, args.v_i)
         # </method>
@@ -531,8 +534,8 @@ def main(args):
             os.replace(out / "checkpoint.part", checkpoint)
 
     # <method: bake>
-    # The zeros are in the weights already. But if T - t_f T was rounded down, or the run has only a
-    # few steps, v was still above v_f at the last zeroing, and a few weights too many are left.
+    # The zeros are in the weights already. But if T - t_f T was rounded down, or the cubic part has
+    # only a few steps, v was still above v_f at the last zeroing, and too many weights are left.
     goal = args.sparsity
     zero_smallest(weights, goal)
     # </method>

@@ -31,16 +31,20 @@ at values other than 0; this file cannot.
 
 The paper has movement ahead of magnitude: on SQuAD F1 81.7 against 78.5 with 10 % kept, and 76.3
 against 54.5 with 3 %. But in short runs it can collapse, that is, end at chance or not far above.
-On the real SST-2, with 10 % kept, a BERT of three layers and --lr 3e-5, a run of 1,000 steps ended
-at chance, with an accuracy of 50.9 %. A run of 10,000 steps ended at 81.3 %, and another, at 2e-4,
-at 82.2 %. (magnitude.py: 78.4 % at 3e-5, 85.1 % at 2e-4. A bag of words, with no BERT: 81.9 %.)
+On the real SST-2 (a BERT of three layers, 10 % kept, one seed) a run of 1,000 steps at --lr 3e-5
+ended at chance, with an accuracy of 50.9 %. Runs of 10,000 steps did not:
+
+    --lr     mvp.py     magnitude.py     a bag of words, without a BERT
+    3e-5     81.3 %     78.4 %           81.9 %
+    2e-4     82.2 %     85.1 %           81.9 %
 
 Our reading of the cause: scores tell how steadily the loss asks for a larger |W|, and hardly how
-much it needs W. So a large and useful W can be masked; in one step it drops to 0, while
-magnitude.py masks only small ones. Training must repair that before more weights are masked. What
-helped: more --steps, fewer layers, or the penalty of soft_mvp.py. To prune later may help, too
-(--t_i is the fraction of the steps before it begins): on mini with 10 % kept, one seed of ten
-collapsed with 0.05, none with 0.3. The measurements are in results/why/README.md.
+much it needs W, because Adam divides the size out (see StraightThrough). So a large and useful W
+can be masked; in one step it drops to 0, while magnitude.py masks only small ones. Training must
+repair that before more weights are masked. What helped: more --steps, a --model of fewer layers,
+or the penalty of soft_mvp.py. To prune later may help as well: on mini with 10 % kept, one seed of
+ten collapsed with --t_i 0.05 (pruning begins after 5 % of the steps), and none with 0.3. The
+measurements are in results/why/README.md.
 
     python mvp.py --task squad --sparsity 0.1
 
@@ -63,7 +67,7 @@ import transformers
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-# From here on, all code outside the slots, <method: ..> to </method>, is the same in all six files.
+# From here on, code outside the slots, <method: ..> to </method>, is the same in all six scripts.
 # <method: imports>
 from torch.nn.utils import parametrize
 
@@ -127,7 +131,8 @@ def top_v(scores, v):
 
 
 # With --scope global all matrices compete. One could lose all its weights: its output would then be
-# nothing but the bias. So each matrix first keeps its best 0.5 %; if v is smaller, its best v.
+# nothing but the bias. So each matrix first keeps its best 0.5 %, about; if v is smaller, its best
+# v.
 # Official: binarizer.py, line 53.
 def least_share(n):
     """The fraction of its n weights that a matrix keeps at least: int(0.005 n) + 1 of n."""
@@ -151,11 +156,11 @@ def update_masks(masked, scores, v, scope="local"):
         sizes = [s.numel() for s in scores]
         ranked = torch.cat([s.flatten() for s in scores])               # (N,)
         # `ranked` is a copy. In it the best scores of each matrix, its least share (or v, if
-        # smaller), become infinite, so that they rank first. If v is 0.5 % or less, nothing else is
-        # kept. As each matrix rounds its count, these counts can then add up to more than round(v
-        # N) (mini, v = 0.5 %: 3936, not 3932). Being equal, the first round(v N) of them stay, and
-        # the last matrices lose a few. (Where each keeps one or two weights, that can empty the
-        # last.)
+        # smaller), become infinite, so that they rank first. If v is 0.5 % or less, hardly anything
+        # else is kept. Each matrix rounds its own count, so there can be a few more infinite scores
+        # than round(v N) (mini, v = 0.5 %: 3936, not 3932). All are equal, so top_v keeps the first
+        # ones, and the last matrices lose a few. (Where each keeps one or two, the last are
+        # emptied.)
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)
@@ -191,7 +196,7 @@ class StraightThrough(torch.autograd.Function):
     """W' = W * M, with a backward pass that takes 1 for the slope of M in S."""
 
     @staticmethod
-    def forward(ctx, weight, scores, mask):
+    def forward(ctx, weight, scores, mask):             # scores: for backward alone
         ctx.save_for_backward(weight, mask)
         return weight * mask
 
@@ -215,9 +220,9 @@ class Masked(nn.Module):
 # </method>
 
 # <method: hyper-parameters>
-# The values of mini are ours. Under paper, those of squad, mnli and qqp are the paper's, from the
-# authors' run sheet and scripts; those of the other tasks are ours. "*" holds for all tasks; a
-# task's own values override it.
+# The values of mini are ours. Under paper, those of squad, mnli and qqp are the paper's, also where
+# they come from MINI (from the authors' run sheet and scripts); those of the other tasks are ours.
+# "*" holds for all tasks; a task's own values override it.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
@@ -303,7 +308,7 @@ def lr_factor(step, steps, warmup, lr_end):
 
 
 # As in movement pruning's masked_run_squad.py, lines 301-319. Its default mix is 0.5 and 0.5; ours,
-# 0.1 and 0.9, is that of the paper. SQuAD has two KLs, start's and end's: their mean.
+# 0.1 and 0.9, is from its paper. SQuAD has two KLs, start's and end's: their mean.
 def task_loss(net, batch, teacher, temperature=2.0):
     """The task's loss; to distil, 0.1 loss + 0.9 temperature^2 KL(teacher || student)."""
     out = net(**batch)
@@ -321,7 +326,7 @@ def task_loss(net, batch, teacher, temperature=2.0):
 
 
 def main(args):
-    """Fine-tune, prune, save and evaluate. Exits with 3 if more or less than the goal is kept."""
+    """Fine-tune, prune, save and evaluate. Exits with 3 if the goal was clearly missed."""
     # ---- the preset fills in what the command line left open
     given = {name: value for name, value in vars(args).items() if value is not None}
     preset = HYPER[args.preset]
@@ -414,10 +419,11 @@ def main(args):
     for layer, m in zip(layers.values(), masked):
         parametrize.register_parametrization(layer, "weight", m)
     scores = [m.scores for m in masked]                 # S: (out, in) each
-    # Unlike in soft_mvp.py and l0.py, --score_lr does not change the masks: scores start at 0, and
-    # Adam's steps are proportional to the rate. So twice the rate gives twice the scores, in the
-    # same order, and masks depend on the order alone. Weight decay would make the scores forget the
-    # early steps: keep it at 0 where you copy this slot.
+    # Unlike in soft_mvp.py and l0.py, --score_lr does not change the masks (but for rounding):
+    # scores start at 0, and Adam's steps are proportional to the rate. So twice the rate gives
+    # twice the scores, in the same order, and masks and gradients depend on the order alone. It is
+    # a flag because the paper has it and the other two need it. Weight decay would make the scores
+    # forget the early steps: keep it at 0 where you copy this slot.
     groups.append({"params": scores,
                    "lr": args.score_lr, "initial_lr": args.score_lr, "weight_decay": 0.0})
     # </method>
@@ -460,8 +466,9 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        # The slots must set v, the fraction to keep now (for the log), and penalty, added to the
-        # loss; after the loop goal, the fraction to keep in the end. v, goal None: not given.
+        # The slots set v, the fraction to keep now (the log's "goal"), and penalty, added to the
+        # loss; the last one sets goal, the fraction to keep in the end. v or goal may be None: not
+        # given.
         # <method: before forward>
         # Masks first, so that this step's loss and gradients are those of the pruned network.
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)

@@ -29,7 +29,8 @@ pulled harder than large ones.
     lr           pre-training's learning rate at this step
     gamma        how hard all weights are pulled. By default it is not constant: at each step the
                  product lr gamma is set so that the fraction v remains. (So lr changes Adam's half
-                 of a step alone.) --gamma G fixes gamma instead, and v is not used
+                 of a step alone.) --gamma G fixes gamma instead, and v is not used. (We know of no
+                 good G: try several, each ten times the one before)
     v            fraction kept: s + (1 - s) (1 - progress)^3. progress goes from 0 to 1 over the
                  rounds; s is --sparsity, the fraction KEPT
     p            min(k, 5), but 1 if --gamma is given
@@ -38,19 +39,21 @@ pulled harder than large ones.
                  more, zeros stay 0, and the other weights can regain their size
 
 Our default is not the paper's method, as far as we know it: there gamma is fixed, and p is probably
-1. --gamma G comes nearer to it, with p = 1. v, its cubic and recover are ours.
+1. --gamma G comes nearer to it. v, its cubic and recover are ours.
 
-After the rounds, and in fine-tuning, zeros stay 0. Much of this file is BERT's pre-training. The
+In fine-tuning, too, zeros stay 0. Much of this file is BERT's pre-training. The
 method is five short functions: fraction_kept, prox, reweight, solve_gamma and proximal_step.
 (largest_to_go helps them.)
 
---nip runs the paper's baseline instead (NIP; from memory, "new iterative pruning"): magnitude
-pruning of all matrices together, in equal cuts ("stairs") until the rounds would end, where a
-pruned weight stays 0. On mini with 10 % kept and 2,000 steps of pre-training RPP has F1 65.2, NIP
-30.7 (three and two seeds). --sparsity 1 (without --gamma) is the control: it trains on the text and
-prunes nothing. The seconds in the last line do not include pre-training. A new run into the same
-folder deletes the old support; --nip and --gamma do not change the folder's name, so give them
---out.
+--nip runs the paper's baseline instead (NIP; from memory, "new iterative pruning"): it removes the
+smallest weights, whatever f0 says, over all matrices together, in equal cuts ("stairs"), the last
+one where the rounds would end. A removed weight stays 0. On mini with 10 % kept and 2,000 steps of
+pre-training RPP has F1 65.2 with p up to 5 and 53.7 with p = 1, and NIP 30.7 (three, three and two
+seeds). --sparsity 1 (without --gamma) is the control: it trains on the text and prunes nothing.
+
+The seconds in the last line do not include pre-training. A new run into the same folder deletes the
+old support; --nip and --gamma do not change the folder's name, so give them --out. The paper preset
+of this file was never run.
 
     python rpp.py --task squad --sparsity 0.4
     python rpp.py --task mnli --sparsity 0.4 --support out/rpp-squad-0.4-s0    # another task
@@ -75,7 +78,7 @@ import transformers
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-# From here on, all code outside the slots, <method: ..> to </method>, is the same in all six files.
+# From here on, code outside the slots, <method: ..> to </method>, is the same in all six scripts.
 # <method: imports>
 import re
 import shutil
@@ -138,9 +141,10 @@ def prox(a, threshold):
 #
 # Can a zero come back? Adam moves zeros too. Until the round ends, a new zero keeps its old alpha,
 # so later pulls may be too weak to return it to 0. If it is 0 when the round ends, its alpha
-# becomes 1 / eps, and so, nearly, does that of each weight with |w|^p far below eps: with p = 1
-# those far below 1e-9, hardly any, so it stays at 0. With p = 5 they are those far below 0.016.
-# Among these only |a| decides, and a zero can come back until the rounds are over.
+# becomes 1 / eps, the largest there is. With p = 1 hardly any other weight has an alpha near that:
+# zeros are always the first to go, and stay 0. With p = 5 every weight far below 0.016 has nearly
+# the same alpha (|w|^5 < eps). Among these only |a| decides, and a zero can win back its place
+# until the rounds are over.
 #
 # Why p = k? From memory, the paper writes |w|^(t). Perhaps (t) is only an index, w being the one
 # after round t, as in the lab's other code. Then there is no power, and p = 1. Or it is a power:
@@ -390,7 +394,7 @@ def lr_factor(step, steps, warmup, lr_end):
 
 
 # As in movement pruning's masked_run_squad.py, lines 301-319. Its default mix is 0.5 and 0.5; ours,
-# 0.1 and 0.9, is that of the paper. SQuAD has two KLs, start's and end's: their mean.
+# 0.1 and 0.9, is from its paper. SQuAD has two KLs, start's and end's: their mean.
 def task_loss(net, batch, teacher, temperature=2.0):
     """The task's loss; to distil, 0.1 loss + 0.9 temperature^2 KL(teacher || student)."""
     out = net(**batch)
@@ -408,7 +412,7 @@ def task_loss(net, batch, teacher, temperature=2.0):
 
 
 def main(args):
-    """Fine-tune, prune, save and evaluate. Exits with 3 if more or less than the goal is kept."""
+    """Fine-tune, prune, save and evaluate. Exits with 3 if the goal was clearly missed."""
     # ---- the preset fills in what the command line left open
     given = {name: value for name, value in vars(args).items() if value is not None}
     preset = HYPER[args.preset]
@@ -537,8 +541,8 @@ def main(args):
         if shapes[0] != shapes[1] or any(key.startswith(encoder) for key in lacking):
             raise SystemExit(f"--support {folder} does not fit --model {args.model}, or "
                              "lacks weights: give one that was pruned from the same BERT")
-    # An old run's results go before its log does: if this run is killed in between and resumed, it
-    # must not take them for its own.
+    # Delete an old run's results before its log is overwritten. Otherwise a run that is killed in
+    # between and resumed would take them for its own.
     unfinished = out / "pretraining.pt"
     if rank == 0 and not args.resume:
         shutil.rmtree(support, ignore_errors=True)
@@ -606,13 +610,13 @@ def main(args):
             nn.utils.clip_grad_norm_(pruned.parameters(), args.clip)
             done = step + 1
             v = fraction_kept(done, rounds_end, args.sparsity, stairs)
-            ended_before = step * args.rounds // rounds_end             # rounds
-            ended = min(done, rounds_end) * args.rounds // rounds_end
+            ended_before = step * args.rounds // rounds_end             # rounds, before this step
+            ended = min(done, rounds_end) * args.rounds // rounds_end   # and after it
             p = None
             if ended > ended_before:                        # one ends with this step
                 p = 1 if args.gamma else min(ended, phase["p"])
             gamma = 0.0
-            zeros = [w == 0 for w in weights]               # for where they stay: Adam moves them
+            zeros = [w == 0 for w in weights]               # for the else below: Adam moves them
             optimizer.step()                                # the first half: w becomes a
             with torch.no_grad():
                 if step < rounds_end and not args.nip:      # the second half, while rounds last
@@ -696,8 +700,9 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        # The slots must set v, the fraction to keep now (for the log), and penalty, added to the
-        # loss; after the loop goal, the fraction to keep in the end. v, goal None: not given.
+        # The slots set v, the fraction to keep now (the log's "goal"), and penalty, added to the
+        # loss; the last one sets goal, the fraction to keep in the end. v or goal may be None: not
+        # given.
         # <method: before forward>
         v = goal                                        # nothing more is pruned
         # </method>

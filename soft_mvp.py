@@ -2,18 +2,19 @@
 
 Paper: Sanh, Wolf and Rush 2020, "Movement Pruning", arXiv 2005.07683, section 4.
 Official code: huggingface/transformers-research-projects, movement-pruning, at fccd0cdab0. There
-the penalty is "l1", and the mask, which our flag --penalty brings in, "sigmoied_threshold" (sic).
+the penalty is called "l1". The mask there, "sigmoied_threshold" (sic), is not the default of this
+file: --penalty, below, chooses it.
 
 Read mvp.py first: each weight has a score, which rises while fine-tuning pushes that weight away
 from 0. This file ranks the scores of all matrices together (mvp.py's --scope global is the default
 here), so the fraction kept may differ between matrices. It also adds to the loss a penalty that
 pushes all scores down. Under Adam, we think, a score then sinks first if removing its weight would
-hardly change the loss: the comment above sigmoid_penalty says why. What it buys: on SST-2 (six
-layers, 1,200 steps, 10 % kept, one seed) mvp.py falls to chance; the same run with this penalty,
-each matrix still ranked by itself, ends at 83.5 % (results/why/README.md).
+hardly change the loss of any batch: the comment above sigmoid_penalty says why. What the penalty
+buys: on SST-2 (six layers, 1,200 steps, 10 % kept, one seed) mvp.py falls to chance; the same run
+with it, each matrix still ranked by itself (--scope local), ends at 83.5 % (results/why/README.md).
 
-    M  = 1 for round(v N) of all N scores, else 0: first the best 0.5 % of each matrix (or v, if
-         that is smaller), then the highest of all others
+    M  = 1 for round(v N) of all N scores (first the best 0.5 % of each matrix, or v, if that is
+         smaller; then the highest of all others), else 0
     W' = W * M              the matrix of the forward pass
     minimise  L + lambda R(S)         R: sigmoid(S) averaged in each matrix, then over K matrices
     gradient of W:  dL/dW' * M
@@ -30,9 +31,9 @@ Here you choose the fraction kept; this variant is ours. The official code inste
 weight whose sigmoid(S) is above a threshold tau, however many these are (hence "soft"), but never
 less than 0.5 % of each matrix. `--penalty LAMBDA` runs that version: tau = 0.1 r, lambda =
 LAMBDA r, and neither --sparsity nor --scope decides what is kept. (In the paper's runs on SQuAD,
-without a teacher, a LAMBDA of 500 kept 13.9 %, and 1400 kept 2.6 %.) The two versions give the
-count or the threshold. For the same scores this is no difference: the best v of all are those above
-some tau (but for equal scores, and v below about 0.5 %).
+without a teacher, a LAMBDA of 500 kept 13.9 %, and 1400 kept 2.6 %.) Our version fixes the count,
+and the threshold follows; theirs fixes the threshold, and the count follows. For given scores, the
+best v of all are those above some tau (but for equal scores, and v below about 0.5 %).
 
 The paper's text differs from its code: in the text M = (S > tau), tau and lambda are constant, and
 R is a sum.
@@ -58,7 +59,7 @@ import transformers
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-# From here on, all code outside the slots, <method: ..> to </method>, is the same in all six files.
+# From here on, code outside the slots, <method: ..> to </method>, is the same in all six scripts.
 # <method: imports>
 from torch.nn.utils import parametrize
 
@@ -122,7 +123,8 @@ def top_v(scores, v):
 
 
 # With --scope global all matrices compete. One could lose all its weights: its output would then be
-# nothing but the bias. So each matrix first keeps its best 0.5 %; if v is smaller, its best v.
+# nothing but the bias. So each matrix first keeps its best 0.5 %, about; if v is smaller, its best
+# v.
 # Official: binarizer.py, line 53.
 def least_share(n):
     """The fraction of its n weights that a matrix keeps at least: int(0.005 n) + 1 of n."""
@@ -146,11 +148,11 @@ def update_masks(masked, scores, v, scope="local"):
         sizes = [s.numel() for s in scores]
         ranked = torch.cat([s.flatten() for s in scores])               # (N,)
         # `ranked` is a copy. In it the best scores of each matrix, its least share (or v, if
-        # smaller), become infinite, so that they rank first. If v is 0.5 % or less, nothing else is
-        # kept. As each matrix rounds its count, these counts can then add up to more than round(v
-        # N) (mini, v = 0.5 %: 3936, not 3932). Being equal, the first round(v N) of them stay, and
-        # the last matrices lose a few. (Where each keeps one or two weights, that can empty the
-        # last.)
+        # smaller), become infinite, so that they rank first. If v is 0.5 % or less, hardly anything
+        # else is kept. Each matrix rounds its own count, so there can be a few more infinite scores
+        # than round(v N) (mini, v = 0.5 %: 3936, not 3932). All are equal, so top_v keeps the first
+        # ones, and the last matrices lose a few. (Where each keeps one or two, the last are
+        # emptied.)
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)
@@ -183,7 +185,7 @@ class StraightThrough(torch.autograd.Function):
     """W' = W * M, with a backward pass that takes 1 for the slope of M in S."""
 
     @staticmethod
-    def forward(ctx, weight, scores, mask):
+    def forward(ctx, weight, scores, mask):             # scores: for backward alone
         ctx.save_for_backward(weight, mask)
         return weight * mask
 
@@ -213,24 +215,29 @@ class Masked(nn.Module):
 # p is 3 % of its largest value.)
 #
 # Our reading is that Adam makes the difference. For one score over recent steps, let m be the mean
-# and g the root mean square of the loss gradient dL/dW' * W alone. Adam moves a score by about -lr
-# times the mean of its whole gradient over that gradient's root mean square. Without a penalty this
-# is m / g, and the scale cancels: if all loss gradients of a score were ten times larger, it would
-# move just as far. With the penalty it is about (m + p) / sqrt(g^2 + p^2), and the scale counts,
-# because p is the same for large and for small loss gradients. The sign of a loss gradient changes
-# from batch to batch, so |m| is far below g. What matters then is how g compares with p:
+# and g the root mean square of the loss gradient dL/dW' * W alone. Its sign changes from batch to
+# batch, so |m| is far below g. Adam moves a score by about -lr times the mean of its whole gradient
+# over that gradient's root mean square. Without a penalty this quotient is m / g, and the scale
+# cancels: if all loss gradients of a score were ten times larger, it would move just as far. With
+# the penalty it is about (m + p) / sqrt(g^2 + p^2), and the scale counts, because p is the same for
+# large and for small loss gradients. What matters is how g compares with p:
 #     g far below p    the quotient is about 1: the score sinks as fast as it can
 #     g far above p    it is about (m + p) / g, far below 1: the score moves slowly
-# Why is g a measure of need? Removing a kept W changes the loss of one batch by about -dL/dW' * W.
-# Over many batches these changes nearly cancel (m is small), but g, their usual size, tells how
-# much the loss of a batch depends on W. So the scores of weights on which hardly any batch depends
-# sink first. Direction still counts: where |m| is larger than p, the sign of m decides, as in
-# mvp.py.
+# As lambda grows, p does: at first only scores with the smallest g sink fast, then others too.
 #
-# Measured on SST-2, in one run to 10 %: the rank correlation of S with g (here over all steps so
-# far) climbs from 0.02 to 0.85 while the fraction kept falls from 97 to 60 %; later it was not
-# measured. In a run without the penalty it stays at 0.02, and that run falls to chance. We have not
-# shown that the correlation is what saves a run (results/why/README.md).
+# Why does a weight with a large g deserve to stay? Removing a kept W changes the loss of one batch
+# by about -dL/dW' * W. Over many batches these changes nearly cancel (m is small): to first order
+# hardly any removal costs much. But where single batches react strongly to W, in either direction,
+# the second order costs more: g^2 is a usual estimate of it, by the Fisher information. (Of a
+# masked W, g says how strongly batches would react to switching it on.) So the scores of weights
+# sink first to which hardly any batch reacts. Direction still counts: where |m| is larger than p,
+# the sign of m decides, as in mvp.py.
+#
+# Measured on SST-2, in one run of this file to 10 % (--scope global): the rank correlation of S
+# with g (here over all steps so far, all matrices together) climbs from 0.02 to 0.85 while the
+# fraction kept falls from 97 to 60 %; later it was not measured. In a run without the penalty it
+# stays at 0.02, and that run falls to chance. We have not shown that the correlation is what saves
+# a run (results/why/README.md).
 #
 # R takes the mean within each matrix first. A feed-forward matrix of BERT has four times as many
 # weights as an attention matrix, so its p is a quarter as large. Ranked together, the feed-forward
@@ -248,9 +255,9 @@ def sigmoid_penalty(scores):
 # </method>
 
 # <method: hyper-parameters>
-# The values of mini are ours. Under paper, those of squad, mnli and qqp, but for lambda_f, are the
-# paper's, from the authors' run sheet and scripts; those of the other tasks are ours. "*" holds for
-# all tasks; a task's own values override it.
+# The values of mini are ours. Under paper, those of squad, mnli and qqp, except lambda_f, are the
+# paper's, also where they come from MINI (from the authors' run sheet and scripts); those of the
+# other tasks are ours. "*" holds for all tasks; a task's own values override it.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
@@ -260,7 +267,7 @@ MINI = dict(
     clip=1.0,                       # the norm to which all gradients together are clipped
     t_i=0.05, t_f=0.3,              # fractions of the steps: before v falls, and after its fall
     score_lr=1e-2,                  # peak learning rate of the scores
-    lambda_f=1000.0                 # ours, for every goal; the paper's runs have similar ones
+    lambda_f=1000.0                 # ours, for every --sparsity; the paper's are of this size
 )
 PAPER = MINI | dict(
     model="bert-base-uncased",
@@ -340,7 +347,7 @@ def lr_factor(step, steps, warmup, lr_end):
 
 
 # As in movement pruning's masked_run_squad.py, lines 301-319. Its default mix is 0.5 and 0.5; ours,
-# 0.1 and 0.9, is that of the paper. SQuAD has two KLs, start's and end's: their mean.
+# 0.1 and 0.9, is from its paper. SQuAD has two KLs, start's and end's: their mean.
 def task_loss(net, batch, teacher, temperature=2.0):
     """The task's loss; to distil, 0.1 loss + 0.9 temperature^2 KL(teacher || student)."""
     out = net(**batch)
@@ -358,7 +365,7 @@ def task_loss(net, batch, teacher, temperature=2.0):
 
 
 def main(args):
-    """Fine-tune, prune, save and evaluate. Exits with 3 if more or less than the goal is kept."""
+    """Fine-tune, prune, save and evaluate. Exits with 3 if the goal was clearly missed."""
     # ---- the preset fills in what the command line left open
     given = {name: value for name, value in vars(args).items() if value is not None}
     preset = HYPER[args.preset]
@@ -496,8 +503,9 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        # The slots must set v, the fraction to keep now (for the log), and penalty, added to the
-        # loss; after the loop goal, the fraction to keep in the end. v, goal None: not given.
+        # The slots set v, the fraction to keep now (the log's "goal"), and penalty, added to the
+        # loss; the last one sets goal, the fraction to keep in the end. v or goal may be None: not
+        # given.
         # <method: before forward>
         # Masks first, so that this step's loss and gradients are those of the pruned network.
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
@@ -513,7 +521,7 @@ def main(args):
             loss = task_loss(net, batch, teacher)
 
         # <method: penalty>
-        # (If you accumulate gradients, add it once per step, not once per micro-batch.)
+        # If you accumulate gradients, add the penalty once per step, not once per micro-batch.
         lam = args.lambda_f if args.penalty is None else args.penalty
         penalty = lam * ramp * sigmoid_penalty(scores)
         # </method>

@@ -82,8 +82,8 @@ def schedule(step, steps, v_f, t_i, t_f):
 def fraction_left(step, steps, v_f, t_i, t_f, v_i):
     """v, the fraction left by a zeroing after `step` steps: from v_i at t_i down to v_f.
 
-    If v_i is below v_f, each zeroing leaves v_f. Before t_i it is 1, but only a run of a few steps
-    asks then.
+    If v_i is below v_f, each zeroing leaves v_f. Before t_i it is 1, but only a run whose cubic
+    part is a step or two asks then.
     """
     if step < t_i * steps:
         return 1.0
@@ -92,7 +92,7 @@ def fraction_left(step, steps, v_f, t_i, t_f, v_i):
 
 
 def mixing_weight(step, steps, t_i, t_f):
-    """lam, the weight of the slab: it falls linearly from 0.1 at t_i to 1e-4 at 1 - t_f.
+    """lam, the slab's share: it falls linearly from 0.1 at t_i to 1e-4 at 1 - t_f.
 
     Like schedule's cubic, this ramp is at least one step long.
     """
@@ -177,11 +177,11 @@ def update_masks(masked, scores, v, scope="local"):
         sizes = [s.numel() for s in scores]
         ranked = torch.cat([s.flatten() for s in scores])               # (N,)
         # `ranked` is a copy. In it the best scores of each matrix, its least share (or v, if
-        # smaller), become infinite, so that they rank first. If v is 0.5 % or less, nothing else is
-        # kept. As each matrix rounds its count, these counts can then add up to more than round(v
-        # N) (mini, v = 0.5 %: 3936, not 3932). Being equal, the first round(v N) of them stay, and
-        # the last matrices lose a few. (Where each keeps one or two weights, that can empty the
-        # last.)
+        # smaller), become infinite, so that they rank first. If v is 0.5 % or less, hardly anything
+        # else is kept. Each matrix rounds its own count, so there can be a few more infinite scores
+        # than round(v N) (mini, v = 0.5 %: 3936, not 3932). All are equal, so top_v keeps the first
+        # ones, and the last matrices lose a few. (Where each keeps one or two, the last are
+        # emptied.)
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)
@@ -193,7 +193,7 @@ class StraightThrough(torch.autograd.Function):
     """W' = W * M, with a backward pass that takes 1 for the slope of M in S."""
 
     @staticmethod
-    def forward(ctx, weight, scores, mask):
+    def forward(ctx, weight, scores, mask):             # scores: for backward alone
         ctx.save_for_backward(weight, mask)
         return weight * mask
 

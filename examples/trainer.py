@@ -111,11 +111,11 @@ def update_masks(masked, scores, v, scope="local"):
         sizes = [s.numel() for s in scores]
         ranked = torch.cat([s.flatten() for s in scores])               # (N,)
         # `ranked` is a copy. In it the best scores of each matrix, its least share (or v, if
-        # smaller), become infinite, so that they rank first. If v is 0.5 % or less, nothing else is
-        # kept. As each matrix rounds its count, these counts can then add up to more than round(v
-        # N) (mini, v = 0.5 %: 3936, not 3932). Being equal, the first round(v N) of them stay, and
-        # the last matrices lose a few. (Where each keeps one or two weights, that can empty the
-        # last.)
+        # smaller), become infinite, so that they rank first. If v is 0.5 % or less, hardly anything
+        # else is kept. Each matrix rounds its own count, so there can be a few more infinite scores
+        # than round(v N) (mini, v = 0.5 %: 3936, not 3932). All are equal, so top_v keeps the first
+        # ones, and the last matrices lose a few. (Where each keeps one or two, the last are
+        # emptied.)
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)
@@ -127,7 +127,7 @@ class StraightThrough(torch.autograd.Function):
     """W' = W * M, with a backward pass that takes 1 for the slope of M in S."""
 
     @staticmethod
-    def forward(ctx, weight, scores, mask):
+    def forward(ctx, weight, scores, mask):             # scores: for backward alone
         ctx.save_for_backward(weight, mask)
         return weight * mask
 
