@@ -65,7 +65,7 @@ RPP = ["rpp"]
 FINE_TUNED = [method for method in METHODS if method != "rpp"]
 WAIT = [f"{method}_wait" for method in FINE_TUNED]
 VARIANTS |= {column: column.replace("_wait", ".py --t_i 0.3") for column in WAIT}
-HIGHER = [f"{method}_{lr}" for lr in ("1e-3", "2e-3") for method in FINE_TUNED]
+HIGHER = [f"{method}_{lr}" for lr in ("1e-3", "2e-3", "4e-3") for method in FINE_TUNED]
 VARIANTS |= {column: ".py --lr ".join(column.rsplit("_", 1)) for column in HIGHER}
 SPIKES = ["mgpp_1e-12", "mgpp_1e-8", "mgpp_1e-6", "mgpp_1e-4"]
 # name: [(task, fraction kept, seeds, columns)]
@@ -79,9 +79,10 @@ GRIDS = {
         ("squad", 0.03, 2, TEACHER),
     ],
     "mini_lr": [
-        ("squad", 0.03, 3, HIGHER),
-        ("squad", 0.1, 3, HIGHER),
-        ("squad", 1, 1, ["magnitude_1e-3", "magnitude_2e-3"]),
+        ("squad", 0.03, 3, HIGHER[:10]),
+        ("squad", 0.03, 1, HIGHER[10:]),
+        ("squad", 0.1, 1, HIGHER[:10]),
+        ("squad", 1, 1, ["magnitude_1e-3", "magnitude_2e-3", "magnitude_4e-3"]),
     ],
     "sst2_3000": [
         ("sst2", 1, 1, ["dense_3e-5", "dense_1e-4"]),
