@@ -475,8 +475,7 @@ def main(args):
             group["lr"] = group["initial_lr"] * factor
 
         # The slots set v, the fraction to keep now (the log's "goal"), and penalty, added to the
-        # loss; the last one sets goal, the fraction to keep in the end. v or goal may be None: not
-        # given.
+        # loss; one outside the loop sets goal, the fraction to keep in the end. None: not given.
         # <method: before forward>
         # Noise before the forward pass: this step's loss is that of one draw of gates. The draw
         # depends on (seed, step) alone, so it is the same in all processes and in a resumed run.

@@ -420,8 +420,7 @@ def main(args):
             group["lr"] = group["initial_lr"] * factor
 
         # The slots set v, the fraction to keep now (the log's "goal"), and penalty, added to the
-        # loss; the last one sets goal, the fraction to keep in the end. v or goal may be None: not
-        # given.
+        # loss; one outside the loop sets goal, the fraction to keep in the end. None: not given.
         # <method: before forward>
         # Masks first, so that this step's loss and gradients are those of the pruned network.
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)

@@ -45,15 +45,13 @@ the run ends there.)
 
 Does the spike help? Not in our runs. On mini's squad (the made-up questions in mini/) with 10 %
 kept, the mean F1 of three seeds is 81.6 with the spike and 87.0 with --mix 1, plain L2. With 3 %
-kept, and on the real SST-2, we saw no clear difference (results/why/README.md). The reason may be
-that on mini the spike does not hold weights but throws them out. At exactly 0 the pull is 0, but a
-weight that lands elsewhere inside gets one huge gradient. AdamW answers with a step of one to two
-lr (of three, late in a long run), past 0 and out on the other side. Momentum goes on, 0.9 times as
-far in each step, in all about ten times as far. There the next zeroing may keep the weight, for a
-size that says nothing of its use. And for the rest of a run of this length AdamW's second moment
-remembers the huge gradient, so that the loss hardly moves the weight. (Only shortly before the last
-zeroing, when lr is smaller, do weights stay in the spike from step to step.) We have not tested
-this explanation.
+kept, and on the real SST-2, we saw no clear difference. On mini the spike hardly holds weights for
+most of the run, since a step is longer than the spike is wide. Instead it throws some: between two
+zeroings up to 1 % of all weights, more than ten lr far. A weight that ends a step inside the spike,
+and not at 0, gets one huge gradient. AdamW answers with a step of one to two lr, past 0, and
+momentum carries the weight on, in all about ten times as far. Towards the end the spike does hold
+weights: steps get short, as lr falls and as AdamW's second moment still remembers the huge
+gradients. Which of these costs the five points we have not tested (results/why/README.md).
 
 Unlike magnitude.py: zeros are written into the weights, which go on learning; all matrices are
 always ranked together, a matrix may lose all its weights, and no gradient is clipped. Unlike the
@@ -65,7 +63,8 @@ binarizer.py: these belong to movement pruning's code (see magnitude.py).
     python mgpp.py --task squad --sparsity 0.1
 
 Without CUDA, this runs on the made-up data in mini/, where the F1 of a model without pruning is 99
-and that of a guesser 13.5. The last line begins:
+and that of a guesser 13.5. The last line begins (seed 0; where 81.6 was measured it had 82, as
+processors round differently):
 
     RESULT mgpp squad keeps 10.00% (prunes 90.00%) EM 76.8 F1 78.1 | 1000 steps ..
 """
@@ -100,7 +99,8 @@ import common
 # has to learn its task, and at the end the weights that are left get time to adapt.
 # Official: masked_run_squad.py, lines 72-92. There t_i and t_f are numbers of steps that do not
 # grow with the run, so a short run ends before pruning starts. (Under the paper preset t_f is 0
-# here: MGPP does not rest.)
+# here, as in MGPP's own scripts. mini rests, as it does in the other five.) Used here for the shape
+# of fraction_left alone.
 def schedule(step, steps, v_f, t_i, t_f):
     """v, the fraction to keep at a step, by eq. 5 of Sanh et al.
 
@@ -119,7 +119,7 @@ def fraction_left(step, steps, v_f, t_i, t_f, v_i):
     """v, the fraction left by a zeroing after `step` steps: from v_i at t_i down to v_f.
 
     If v_i is below v_f, each zeroing leaves v_f. Before t_i it is 1, but only a run whose cubic
-    part is a step or two asks then.
+    part is shorter than a step asks then.
     """
     if step < t_i * steps:
         return 1.0
@@ -228,8 +228,8 @@ MINI = dict(
     clip=1e30,                      # so high that nothing is clipped
     t_i=0.05, t_f=0.3,              # fractions of the run: before the first zeroing, after the last
     # v_i: fraction left by the first zeroing. spike, slab: variances. interval: steps from one
-    # zeroing to the next. adam: AdamW's betas and eps, here and for squad torch's defaults, as in
-    # the other five files. (betas in a list: --resume compares them with what JSON gives back.)
+    # zeroing to the next. adam: AdamW's betas and eps; on mini, and for squad under paper, torch's
+    # defaults, as in the other five scripts. (A list, because --resume compares them with JSON's.)
     v_i=0.7, spike=1e-10, slab=0.05, interval=10, adam=dict(betas=[0.9, 0.999], eps=1e-8)
 )
 PAPER = MINI | dict(
@@ -462,14 +462,13 @@ def main(args):
             group["lr"] = group["initial_lr"] * factor
 
         # The slots set v, the fraction to keep now (the log's "goal"), and penalty, added to the
-        # loss; the last one sets goal, the fraction to keep in the end. v or goal may be None: not
-        # given.
+        # loss; one outside the loop sets goal, the fraction to keep in the end. None: not given.
         # <method: before forward>
         # Only decided here, for the slots below; the zeroing comes after the optimizer's step.
         t = step + 1                                        # steps done by then
         pulls = t <= end                                    # up to the last zeroing
         due = t in (begin, end) or (begin < t < end and t % args.interval == 0)
-        v = None        # nothing is zeroed; the log counts nearly all as kept, as zeros move off 0
+        v = None        # no zeroing after this step (a log line shows nearly all kept: zeros move)
         if due or not pulls:                                # not pulls: only for the log
             v = fraction_left(t, args.steps, args.sparsity, args.t_i, args.t_f, args.v_i)
         # </method>
@@ -491,7 +490,7 @@ def main(args):
         # The pull ends with the last zeroing. Nothing is clipped (clip is 1e30): the pull is large,
         # and clipping would shrink the loss's gradient together with it.
         if pulls:
-            # `step`, not t: lam counts the steps before this one
+            # `step`, not t: the pull acts on the weights as `step` steps have left them
             lam = args.mix or mixing_weight(step, args.steps, args.t_i, args.t_f)
             for w in weights:
                 pull = prior_gradient(w.detach(), lam, args.spike, args.slab)
@@ -534,8 +533,8 @@ def main(args):
             os.replace(out / "checkpoint.part", checkpoint)
 
     # <method: bake>
-    # The zeros are in the weights already. But if T - t_f T was rounded down, or the cubic part has
-    # only a few steps, v was still above v_f at the last zeroing, and too many weights are left.
+    # The zeros are in the weights already. But if T - t_f T was rounded down, or the cubic part is
+    # shorter than a step, v was still above v_f at the last zeroing, and too many weights are left.
     goal = args.sparsity
     zero_smallest(weights, goal)
     # </method>

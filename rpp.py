@@ -19,7 +19,8 @@ weight that would cross 0 becomes 0:
     w_i = sign(a_i) max(|a_i| - lr gamma alpha_i, 0)
 
 If f0 needs a weight, Adam pushes it back in the next step, as far as an Adam step reaches; if not,
-it slides to 0. So the text has a say in what is kept, not the size of a weight alone.
+it slides to 0. A single step picks by size, but all weights shrink in every step, and only those
+stay large that Adam pushes back. So the text has a say in what is kept.
 
 Why "reweighted"? Pruning is divided into --rounds rounds of equal length. In the first, each
 alpha_i is 1. When round k ends, alpha_i becomes 1 / (|w_i|^p + eps): from then on small weights are
@@ -41,19 +42,20 @@ pulled harder than large ones.
 Our default is not the paper's method, as far as we know it: there gamma is fixed, and p is probably
 1. --gamma G comes nearer to it. v, its cubic and recover are ours.
 
-In fine-tuning, too, zeros stay 0. Much of this file is BERT's pre-training. The
-method is five short functions: fraction_kept, prox, reweight, solve_gamma and proximal_step.
-(largest_to_go helps them.)
+In fine-tuning, too, zeros stay 0. Much of this file is BERT's pre-training. The method is five
+short functions: fraction_kept, prox, reweight, solve_gamma and proximal_step. (largest_to_go helps
+solve_gamma and --nip.)
 
 --nip runs the paper's baseline instead (NIP; from memory, "new iterative pruning"): it removes the
-smallest weights, whatever f0 says, over all matrices together, in equal cuts ("stairs"), the last
-one where the rounds would end. A removed weight stays 0. On mini with 10 % kept and 2,000 steps of
-pre-training RPP has F1 65.2 with p up to 5 and 53.7 with p = 1, and NIP 30.7 (three, three and two
-seeds). --sparsity 1 (without --gamma) is the control: it trains on the text and prunes nothing.
+weights that are smallest, over all matrices together, in equal cuts ("stairs"), the last one where
+the rounds would end. In between nothing pulls on a weight. A removed weight stays 0. On mini's
+squad with 10 % kept and 2,000 steps of pre-training RPP has F1 65.2 with p up to 5, 53.7 with p at
+most 1 (set in HYPER), and NIP 30.7 (three, three and two seeds). --sparsity 1 (without --gamma) is
+the control: it trains on the text and prunes nothing.
 
-The seconds in the last line do not include pre-training. A new run into the same folder deletes the
-old support; --nip and --gamma do not change the folder's name, so give them --out. The paper preset
-of this file was never run.
+The seconds of the RESULT line below do not include pre-training. A new run into the same folder
+deletes the old support; --nip and --gamma do not change the folder's name, so give them --out. The
+paper preset of this file was never run.
 
     python rpp.py --task squad --sparsity 0.4
     python rpp.py --task mnli --sparsity 0.4 --support out/rpp-squad-0.4-s0    # another task
@@ -135,9 +137,9 @@ def prox(a, threshold):
     return a - a.clamp(-threshold, threshold)
 
 
-# Why divide by |w|? Right after a reweighting with p = 1, each nonzero weight adds about
-# |w| / |w| = 1 to sum_i alpha_i |w_i|: the sum counts them. A larger p sets the alphas further
-# apart, but eps makes those of the smallest weights equal.
+# Why divide by |w|? Right after a reweighting with p = 1, each nonzero weight adds about |w| / |w|
+# = 1 to sum_i alpha_i |w_i|: the sum counts them, whatever their size. A larger p sets the alphas
+# further apart, but eps makes those of the smallest weights equal.
 #
 # Can a zero come back? Adam moves zeros too. Until the round ends, a new zero keeps its old alpha,
 # so later pulls may be too weak to return it to 0. If it is 0 when the round ends, its alpha
@@ -301,7 +303,7 @@ MINI = dict(
     length=128,                     # the most tokens in one input
     warmup=0.05, lr_end=0.0,        # the fraction of steps in which lr rises; of lr left at the end
     clip=1.0,                       # the norm to which all gradients together are clipped
-    rounds=12,                      # of pre-training; --rounds sets it, so it stands by itself
+    rounds=12,                      # of pre-training, but not below: the flag --rounds sets it
     pretrain=dict(
         steps=200, batch_size=32, lr=1e-3, length=96, warmup=0.05,
         recover=0.3,                # the last fraction of the steps, after the rounds
@@ -701,8 +703,7 @@ def main(args):
             group["lr"] = group["initial_lr"] * factor
 
         # The slots set v, the fraction to keep now (the log's "goal"), and penalty, added to the
-        # loss; the last one sets goal, the fraction to keep in the end. v or goal may be None: not
-        # given.
+        # loss; one outside the loop sets goal, the fraction to keep in the end. None: not given.
         # <method: before forward>
         v = goal                                        # nothing more is pruned
         # </method>

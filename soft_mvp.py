@@ -2,16 +2,17 @@
 
 Paper: Sanh, Wolf and Rush 2020, "Movement Pruning", arXiv 2005.07683, section 4.
 Official code: huggingface/transformers-research-projects, movement-pruning, at fccd0cdab0. There
-the penalty is called "l1". The mask there, "sigmoied_threshold" (sic), is not the default of this
-file: --penalty, below, chooses it.
+the penalty is called "l1". It is always on here. The flag --penalty, below, switches to the mask
+of the official code, "sigmoied_threshold" (sic).
 
 Read mvp.py first: each weight has a score, which rises while fine-tuning pushes that weight away
 from 0. This file ranks the scores of all matrices together (mvp.py's --scope global is the default
 here), so the fraction kept may differ between matrices. It also adds to the loss a penalty that
 pushes all scores down. Under Adam, we think, a score then sinks first if removing its weight would
 hardly change the loss of any batch: the comment above sigmoid_penalty says why. What the penalty
-buys: on SST-2 (six layers, 1,200 steps, 10 % kept, one seed) mvp.py falls to chance; the same run
-with it, each matrix still ranked by itself (--scope local), ends at 83.5 % (results/why/README.md).
+buys: on SST-2 (six layers, 1,200 steps, 10 % kept, one seed) mvp.py falls to chance, 50.9 %; the
+same run with the penalty, each matrix still ranked by itself (--scope local), ends at 83.5 %
+(results/why/README.md).
 
     M  = 1 for round(v N) of all N scores (first the best 0.5 % of each matrix, or v, if that is
          smaller; then the highest of all others), else 0
@@ -23,8 +24,8 @@ with it, each matrix still ranked by itself (--scope local), ends at 83.5 % (res
 
     W, S, v, L   as in mvp.py. v falls from 1 to v_f, the fraction KEPT in the end (--sparsity)
     K            number of matrices (72 in BERT-base); n: weights in one of them; N: in all of them
-    r            how far pruning has come: 0 before it, 1 after it, by the same cubic for every v_f.
-                 v = 1 - (1 - v_f) r (`ramp` in the code)
+    r            (`ramp` in the code) how far pruning has come: 0 before it, 1 after it, by the same
+                 cubic for every v_f. v = 1 - (1 - v_f) r
     lambda       lambda_f r, so it grows as v falls; lambda_f is 1000 (set in MINI; no flag)
 
 Here you choose the fraction kept; this variant is ours. The official code instead keeps every
@@ -32,8 +33,9 @@ weight whose sigmoid(S) is above a threshold tau, however many these are (hence 
 less than 0.5 % of each matrix. `--penalty LAMBDA` runs that version: tau = 0.1 r, lambda =
 LAMBDA r, and neither --sparsity nor --scope decides what is kept. (In the paper's runs on SQuAD,
 without a teacher, a LAMBDA of 500 kept 13.9 %, and 1400 kept 2.6 %.) Our version fixes the count,
-and the threshold follows; theirs fixes the threshold, and the count follows. For given scores, the
-best v of all are those above some tau (but for equal scores, and v below about 0.5 %).
+and the threshold follows; theirs fixes the threshold, and the count follows. From the same scores,
+ours (--scope global) with some v keeps the same weights as theirs with some tau (unless scores are
+equal, or v is below about 0.5 %).
 
 The paper's text differs from its code: in the text M = (S > tau), tau and lambda are constant, and
 R is a sum.
@@ -216,28 +218,30 @@ class Masked(nn.Module):
 #
 # Our reading is that Adam makes the difference. For one score over recent steps, let m be the mean
 # and g the root mean square of the loss gradient dL/dW' * W alone. Its sign changes from batch to
-# batch, so |m| is far below g. Adam moves a score by about -lr times the mean of its whole gradient
-# over that gradient's root mean square. Without a penalty this quotient is m / g, and the scale
-# cancels: if all loss gradients of a score were ten times larger, it would move just as far. With
-# the penalty it is about (m + p) / sqrt(g^2 + p^2), and the scale counts, because p is the same for
-# large and for small loss gradients. What matters is how g compares with p:
-#     g far below p    the quotient is about 1: the score sinks as fast as it can
+# batch, so |m| is usually far below g. Adam moves a score by about -lr times the mean of its whole
+# gradient over that gradient's root mean square. Without a penalty this quotient is m / g, and the
+# scale cancels: if all loss gradients of a score were ten times larger, it would move just as far.
+# With the penalty it is about (m + p) / sqrt(g^2 + p^2), and the scale counts, because p is the
+# same for large and for small loss gradients. What matters is how g compares with p:
+#     g far below p    the quotient is about 1: the score sinks by about lr in each step
 #     g far above p    it is about (m + p) / g, far below 1: the score moves slowly
-# As lambda grows, p does: at first only scores with the smallest g sink fast, then others too.
+# (lr: the scores' rate.) As lambda grows, p does at each S: at first only scores with the smallest
+# g sink fast, then others too. And a score that has sunk far has a smaller p, and so slows down.
 #
 # Why does a weight with a large g deserve to stay? Removing a kept W changes the loss of one batch
-# by about -dL/dW' * W. Over many batches these changes nearly cancel (m is small): to first order
-# hardly any removal costs much. But where single batches react strongly to W, in either direction,
-# the second order costs more: g^2 is a usual estimate of it, by the Fisher information. (Of a
-# masked W, g says how strongly batches would react to switching it on.) So the scores of weights
-# sink first to which hardly any batch reacts. Direction still counts: where |m| is larger than p,
-# the sign of m decides, as in mvp.py.
+# by about -dL/dW' * W. Over many batches these changes nearly cancel (m is small). What is left is
+# the second-order term, W^2 times the curvature of the loss, over 2. A usual stand-in for the
+# curvature is the mean squared gradient (the Fisher information). Times W^2 this is g^2. So, up to
+# a constant factor, g^2 estimates what removing W costs. (Of a masked W, g says how strongly
+# batches would react to switching it on.) The first scores to sink are those of weights to which
+# hardly any batch reacts. Direction still counts: where |m| is larger than p, the sign of m
+# decides, as in mvp.py.
 #
-# Measured on SST-2, in one run of this file to 10 % (--scope global): the rank correlation of S
-# with g (here over all steps so far, all matrices together) climbs from 0.02 to 0.85 while the
-# fraction kept falls from 97 to 60 %; later it was not measured. In a run without the penalty it
-# stays at 0.02, and that run falls to chance. We have not shown that the correlation is what saves
-# a run (results/why/README.md).
+# Measured on SST-2 (six layers, 1,200 steps), in one run of this file to 10 %: the rank correlation
+# of S with g (here over all steps so far, all matrices together) climbs from 0.02 to 0.85 while the
+# fraction kept falls from 97 to 60 %; later it was not measured. In the same run without the
+# penalty it stays at 0.02, and that run falls to chance. We have not shown that the correlation is
+# what saves a run (results/why/README.md).
 #
 # R takes the mean within each matrix first. A feed-forward matrix of BERT has four times as many
 # weights as an attention matrix, so its p is a quarter as large. Ranked together, the feed-forward
@@ -504,8 +508,7 @@ def main(args):
             group["lr"] = group["initial_lr"] * factor
 
         # The slots set v, the fraction to keep now (the log's "goal"), and penalty, added to the
-        # loss; the last one sets goal, the fraction to keep in the end. v or goal may be None: not
-        # given.
+        # loss; one outside the loop sets goal, the fraction to keep in the end. None: not given.
         # <method: before forward>
         # Masks first, so that this step's loss and gradients are those of the pruned network.
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
