@@ -52,7 +52,8 @@ in that score, and against Adam's eps.
 Unlike in mvp.py, the gate is random and takes any value from 0 to 1, the threshold is fixed, and no
 matrix has a count of its own: any may lose all its weights. Louizos et al. have one gate per input
 neuron, clamp S, add an L2 penalty on W, and keep a running average of W; the movement code does
-none of this, nor does this file. Train for 1,000 steps or more: in shorter runs share lags behind.
+none of this, nor does this file. Short runs fail: on mini, at a goal of 3 %, 72 % of the gates were
+open after 100 steps, 2.95 % after 300.
 
     python l0.py --task squad --sparsity 0.03
 
@@ -152,7 +153,7 @@ THRESHOLD = math.log(-GAMMA / ZETA)                     # -2.398: without noise 
 # is 0, and the score learns from the penalty alone. y = log u - log(1 - u), with u uniform in
 # (1e-4, 1 - 1e-4). (Louizos et al. do the same with 1e-6 instead of 1e-4. The movement code draws
 # u in (0, 1) and clamps it to [1e-4, 1 - 1e-4].)
-# Official: masked_nn.py, lines 94-102; l0_layers.py, lines 89-104.
+# Official: masked_nn.py, lines 94-102; l0_layers.py, lines 90-104.
 def gate(scores, noise=None):
     """The hard concrete gate z, in [0, 1]. scores, noise and z all have the shape (out, in)."""
     if noise is None:

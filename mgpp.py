@@ -36,22 +36,23 @@ spike holds these weights near 0 and the slab leaves the others free, so little 
 
 The first zeroing comes after t_i T steps, the last after T - t_f T steps. In between there is one
 whenever t is a multiple of --interval. A zeroed weight is not masked: the next step moves it off 0
-again, and the next zeroing removes it again unless it has grown enough by then. The pull keeps it
-in the spike only if a step of AdamW, which is about lr long, is shorter than the way from 0 to the
-spike's end. On mini that way is 5e-5, and lr, at its peak, is 5e-4. (Under the paper preset a step
+again, and the next zeroing removes it again unless it has grown enough by then. The pull can keep
+it in the spike only if AdamW's steps are shorter than the way from 0 to the spike's end. On mini
+that way is 5e-5, and lr, the length of a usual step, 5e-4 at its peak. (Under the paper preset lr
 is about as long as the way with --spike 1e-10, and a third of it with 1e-9.) After the last zeroing
 the gradient is dL/dw alone, and the zeros are put back after each step. (With the paper's t_f of 0
 the run ends there.)
 
 Does the spike help? Not in our runs. On mini's squad (the made-up questions in mini/) with 10 %
 kept, the mean F1 of three seeds is 81.6 with the spike and 87.0 with --mix 1, plain L2. With 3 %
-kept, and on the real SST-2, we saw no clear difference. On mini the spike hardly holds weights for
-most of the run, since a step is longer than the spike is wide. Instead it throws some: between two
-zeroings up to 1 % of all weights, more than ten lr far. A weight that ends a step inside the spike,
-and not at 0, gets one huge gradient. AdamW answers with a step of one to two lr, past 0, and
-momentum carries the weight on, in all about ten times as far. Towards the end the spike does hold
-weights: steps get short, as lr falls and as AdamW's second moment still remembers the huge
-gradients. Which of these costs the five points we have not tested (results/why/README.md).
+kept, and on the real SST-2 (one seed), we saw no clear difference. In the mini run that we looked
+into, the spike hardly holds weights for more than half of the time, since a step is longer than the
+spike is wide. Instead it throws some: between two zeroings up to 1 % of all weights, more than ten
+lr far. A weight that ends a step inside the spike, and not at 0, gets one huge gradient. AdamW
+answers with a step of one to two lr, past 0, and momentum carries the weight on, in all about ten
+times as far. Towards the end the spike does hold weights: steps get short, as lr falls and as
+AdamW's second moment still remembers the huge gradients. Which of these costs the five points we
+have not tested (results/why/README.md).
 
 Unlike magnitude.py: zeros are written into the weights, which go on learning; all matrices are
 always ranked together, a matrix may lose all its weights, and no gradient is clipped. Unlike the

@@ -1,11 +1,11 @@
-"""Magnitude pruning to another run's mask: what counts, which weights stay, or how they train?
+"""Magnitude pruning to another run's mask: does it matter which weights stay, or their training?
 
     python results/why/lent.py RUN [magnitude.py's flags]
 
-RUN is the folder of a finished run with the same --sparsity. |W| decides as in magnitude.py, but the
-weights that RUN kept all rank before the others. So the others go first, the smallest of them
-first, and in the end exactly RUN's weights stay. Give --scope global if RUN ranked all its matrices
-together. Appends a row to results/why/lent.tsv.
+RUN is the folder of a finished run with the same --sparsity. |W| decides as in magnitude.py,
+but the weights that RUN kept all rank before the others. So the others go first, the smallest
+of them first, and in the end exactly RUN's weights stay. Give --scope global if RUN ranked all
+its matrices together. Appends a row to results/why/lent.tsv.
 """
 import json
 import sys
