@@ -7,7 +7,7 @@
 Drawn from files of the repository:
 score.png      F1 against the fraction kept: the papers (PAPERS below), mini (results/mini.tsv)
 runs.png       loss and fraction kept, step by step (figures/logs/)
-order.png      accuracy on SST-2 at two learning rates (results/why/speed.tsv, sst2_10000.tsv)
+rates.png      scores by learning rate (results/: mini*, squad_*, sst2_10000, why/speed.tsv)
 speed.png      hard movement's loss while it prunes, by depth and steps (the same)
 scores.png     movement's scores against the weights (figures/scores.npz, from figures/watch.py)
 threshold.png  the smallest weight that each zeroing of MGPP leaves (figures/threshold.tsv, same)
@@ -27,6 +27,7 @@ figures/logs/SCRIPT-squad-0.1-s0.jsonl.
 """
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -267,43 +268,59 @@ def draw_runs(runs):
     return fig
 
 
-def draw_order(runs):
-    """Hollow: lr 3e-5, the mean of three seeds. Filled: lr 2e-4, the mean of its seeds."""
-    slow = {}
+def draw_rates(runs):
+    """Scores by learning rate: mini (means of the seeds there are), SQuAD, SST-2."""
+    points = {}                                 # {panel: {method or dense: {lr: [score]}}}
+
+    def add(panel, method, lr, score):
+        points.setdefault(panel, {}).setdefault(method, {}).setdefault(float(lr), []).append(score)
+
+    for row in read_tsv(ROOT / "results" / "mini.tsv"):
+        if row["task"] == "squad" and row["sparsity"] in ("1", "0.03"):
+            method = "dense" if row["sparsity"] == "1" else row["method"]
+            add("mini", method, "5e-4", grid.score("squad", row["scores"]))
+    for row in read_tsv(ROOT / "results" / "mini_lr.tsv"):
+        if row["sparsity"] in ("1", "0.03"):
+            method, lr = row["method"].rsplit("_", 1)
+            method = "dense" if row["sparsity"] == "1" else method
+            add("mini", method, lr, grid.score("squad", row["scores"]))
+    for name, panel, task in (("squad_gpu", "squad", "squad"), ("squad_2800", "squad", "squad"),
+                              ("sst2_10000", "sst2", "sst2")):
+        for row in read_tsv(ROOT / "results" / f"{name}.tsv"):
+            if row["sparsity"] in ("1", "0.1"):
+                method = "dense" if row["sparsity"] == "1" else row["method"]
+                lr = re.search(r"--lr (\S+)", row["command"])[1]
+                add(panel, method, lr, grid.score(task, row["scores"]))
     for row in read_tsv(ROOT / "results" / "why" / "speed.tsv"):
-        if (row["layers"], row["steps"]) == ("3", "10000"):
-            slow.setdefault((row["script"], row["kept"]), []).append(float(row["acc"]))
-    fast = {}
-    for row in read_tsv(ROOT / "results" / "sst2_10000.tsv"):
-        score = grid.score("sst2", row["scores"])
-        fast.setdefault((row["method"], row["sparsity"]), []).append(score)
-    lowest = grid.floor("real", "sst2")
-    fig, axes = panels("SST-2: methods that rank by size gain most from a higher learning rate",
-                       2, 4, sharey=True)
-    order = ["mgpp", "magnitude", "mvp", "l0", "soft_mvp"]
-    for ax, v in zip(axes, ("0.1", "0.03")):
-        for place, method in enumerate(order):
-            _, colour, mark = METHODS[method]
-            ends = np.mean(slow[method, v]), np.mean(fast[method, v])
-            ax.plot(ends, [place] * 2, color=colour, linewidth=1.6, zorder=1)
-            ax.scatter(ends[0], place, s=80, marker=mark, facecolor="white", edgecolor=colour)
-            ax.scatter(ends[1], place, s=90, marker=mark, color=colour)
-        for runs_of, line in ((slow, ":"), (fast, "-")):
-            dense = np.mean(runs_of["magnitude", "1"])
-            ax.axvline(dense, color=INK, linewidth=1.2, linestyle=line)
-        ax.axvspan(0, lowest, color="#EEF0F2", zorder=0)
-        ax.axvline(lowest, color=FAINT, linewidth=1.2, linestyle="--")
-        ax.text(dense + 0.2, -0.7, "dense")
-        ax.text(88.5, 3.5, "lr 3e-5:\nhollow\n2e-4:\nfilled", va="top")
-        ax.text(lowest - 0.2, 4.55, f"floor {lowest:.1f}", ha="right")
-        ax.set_xlim(71, 90)
-        ax.set_xticks([75, 80, 85])
-        ax.set_ylim(-0.9, 5)
-        ax.set_title(f"{100 * float(v):g} % kept")
-        ax.set_xlabel("accuracy")
-    axes[0].set_yticks(range(len(order)), [METHODS[method][0] for method in order])
-    for label, method in zip(axes[0].get_yticklabels(), order):
-        label.set(color=METHODS[method][1], weight="bold")
+        if (row["layers"], row["steps"]) == ("3", "10000") and row["kept"] in ("1", "0.1"):
+            method = "dense" if row["kept"] == "1" else row["script"]
+            add("sst2", method, "3e-5", float(row["acc"]))
+    fig, axes = panels("Magnitude and MGPP need a higher learning rate than learned scores", 3, 4.6,
+                       width=12)
+    parts = (("mini", "Mini, 3 % kept", "F1", grid.floor("mini", "squad"), (0, 104)),
+             ("squad", "SQuAD, 10 % kept", "F1", grid.floor("real", "squad"), (0, 104)),
+             ("sst2", "SST-2, 10 % kept", "accuracy", grid.floor("real", "sst2"), (76, 89)))
+    lines = {"dense": ("dense", FAINT, "_")} | METHODS
+    del lines["rpp"]
+    for ax, (panel, title, metric, lowest, limits) in zip(axes, parts):
+        for method, (name, colour, mark) in lines.items():
+            line = points[panel].get(method, {})
+            rates = sorted(line)
+            means = [np.mean(line[lr]) for lr in rates]
+            ax.plot(rates, means, color=colour, marker=mark, linewidth=2, label=name)
+        rates = sorted({lr for line in points[panel].values() for lr in line})
+        ax.set_xscale("log")
+        ax.set_xticks(rates, [f"{lr:.0e}".replace("e-0", "e-") for lr in rates])
+        ax.minorticks_off()
+        ax.set_xlim(rates[0] / 1.3, rates[-1] * 1.3)
+        ax.set_ylim(*limits)
+        ax.axhspan(0, lowest, color="#EEF0F2", zorder=0)
+        ax.axhline(lowest, color=FAINT, linewidth=1.2, linestyle="--")
+        ax.set_title(title)
+        ax.set_xlabel("learning rate of the weights")
+        ax.set_ylabel(metric)
+    handles, names = axes[0].get_legend_handles_labels()
+    fig.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
     return fig
 
 
@@ -571,7 +588,7 @@ def draw_words(runs):
 
 
 PICTURES = {"movement": draw_movement, "score": draw_score, "runs": draw_runs,
-            "order": draw_order, "speed": draw_speed, "scores": draw_scores,
+            "rates": draw_rates, "speed": draw_speed, "scores": draw_scores,
             "threshold": draw_threshold, "prior": draw_prior, "layers": draw_layers,
             "patterns": draw_patterns, "words": draw_words}
 

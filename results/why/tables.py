@@ -79,6 +79,27 @@ def generation():
     return markdown(["", "EM", "ROUGE-1", "ROUGE-2", "ROUGE-L"], lines)
 
 
+def rates():
+    """Mini's questions at four learning rates: F1."""
+    runs = {}
+    for name in ("mini.tsv", "mini_lr.tsv"):
+        for row in read(name):
+            if row["task"] == "squad":
+                method, lr = row["method"], "5e-4"
+                if name == "mini_lr.tsv":
+                    method, lr = method.rsplit("_", 1)
+                method = "dense" if row["sparsity"] == "1" else method
+                kept = row["sparsity"]
+                runs.setdefault((kept, lr, method), []).append(grid.score("squad", row["scores"]))
+    lines = []
+    for kept, rates in (("0.03", ("5e-4", "1e-3", "2e-3", "4e-3")), ("0.1", ("5e-4", "2e-3"))):
+        for lr in rates:
+            cells = [grid.mean(runs.get((kept, lr, method), [])) for method in grid.FINE_TUNED]
+            dense = grid.mean(runs.get(("1", lr, "dense"), []))
+            lines.append([f"{100 * float(kept):g} %", lr, dense, *cells])
+    return markdown(["kept", "lr", "dense", *grid.FINE_TUNED], lines)
+
+
 def order():
     """SST-2, three layers, 10,000 steps of 16: accuracy, less magnitude's, and less the floor."""
     runs = {}
@@ -263,9 +284,10 @@ def spike():
 
 
 TABLES = {
-    "floors": floors, "order": order, "generate": generation, "map": map_of_speed, "probes": probes,
-    "what helps": what_helps, "wait": wait, "penalty": penalty, "why/wait": waits,
-    "ranking": ranking, "moved": moved, "spike": spike, "cost": cost,
+    "floors": floors, "mini_lr": rates, "order": order, "generate": generation,
+    "map": map_of_speed, "probes": probes, "what helps": what_helps, "wait": wait,
+    "penalty": penalty, "why/wait": waits, "ranking": ranking, "moved": moved, "spike": spike,
+    "cost": cost,
 }
 
 
