@@ -216,7 +216,7 @@ def wait():
         lines.append([t_i, grid.mean([f1 for _, f1 in ends]),
                       f"{min(middle):.2f} to {sorted(middle)[-2]:.2f}, {max(middle):.2f}"])
     return markdown(
-        ["t_i", "F1 (seeds 0 to 9)", "loss near 48 % kept: the lowest nine, the highest"], lines)
+        ["t_i", "F1 (seeds 0 to 9)", "loss near 48 % kept: nine seeds, and the worst"], lines)
 
 
 def waits():
