@@ -122,7 +122,7 @@ def order():
             lines[-1] += [grid.mean(runs[method, v]),
                           "" if method == "magnitude" else difference(mean, magnitude),
                           difference(mean, floor)]
-    columns = [(f"sst2, {v} %", "less magnitude", "less the floor") for v in (10, 3)]
+    columns = [(f"sst2, {v} %", "minus magnitude", "minus the floor") for v in (10, 3)]
     return markdown(["", *columns[0], *columns[1]], lines)
 
 
