@@ -66,7 +66,11 @@ FINE_TUNED = [method for method in METHODS if method != "rpp"]
 WAIT = [f"{method}_wait" for method in FINE_TUNED]
 VARIANTS |= {column: column.replace("_wait", ".py --t_i 0.3") for column in WAIT}
 HIGHER = [f"{method}_{lr}" for lr in ("1e-3", "2e-3", "4e-3") for method in FINE_TUNED]
-VARIANTS |= {column: ".py --lr ".join(column.rsplit("_", 1)) for column in HIGHER}
+TAKEN_APART = ["magnitude_global_5e-4", "magnitude_global_2e-3", "magnitude_global_4e-3",
+               "mgpp_L2_2e-3", "mgpp_L2_4e-3"]
+for column in HIGHER + TAKEN_APART:
+    method, lr = column.rsplit("_", 1)
+    VARIANTS[column] = f"{VARIANTS.get(method, f'{method}.py')} --lr {lr}"
 SPIKES = ["mgpp_1e-12", "mgpp_1e-8", "mgpp_1e-6", "mgpp_1e-4"]
 # name: [(task, fraction kept, seeds, columns)]
 GRIDS = {
@@ -80,7 +84,7 @@ GRIDS = {
     ],
     "mini_lr": [
         ("squad", 0.03, 3, HIGHER[:10]),
-        ("squad", 0.03, 1, HIGHER[10:]),
+        ("squad", 0.03, 1, HIGHER[10:] + TAKEN_APART),
         ("squad", 0.1, 1, HIGHER[:10]),
         ("squad", 1, 1, ["magnitude_1e-3", "magnitude_2e-3", "magnitude_4e-3"]),
     ],

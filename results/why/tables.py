@@ -91,13 +91,12 @@ def rates():
                 method = "dense" if row["sparsity"] == "1" else method
                 kept = row["sparsity"]
                 runs.setdefault((kept, lr, method), []).append(grid.score("squad", row["scores"]))
-    lines = []
-    for kept, rates in (("0.03", ("5e-4", "1e-3", "2e-3", "4e-3")), ("0.1", ("5e-4", "2e-3"))):
-        for lr in rates:
-            cells = [grid.mean(runs.get((kept, lr, method), [])) for method in grid.FINE_TUNED]
-            dense = grid.mean(runs.get(("1", lr, "dense"), []))
-            lines.append([f"{100 * float(kept):g} %", lr, dense, *cells])
-    return markdown(["kept", "lr", "dense", *grid.FINE_TUNED], lines)
+    columns = [("0.03", lr) for lr in ("5e-4", "1e-3", "2e-3", "4e-3")]
+    columns += [("0.1", lr) for lr in ("5e-4", "2e-3")]
+    lines = [["dense", *(grid.mean(runs.get(("1", lr, "dense"))) for _, lr in columns)]]
+    for method in [*grid.FINE_TUNED, "magnitude_global", "mgpp_L2"]:
+        lines.append([method, *(grid.mean(runs.get((*column, method))) for column in columns)])
+    return markdown(["", *(f"{100 * float(kept):g} %, {lr}" for kept, lr in columns)], lines)
 
 
 def order():
