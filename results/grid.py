@@ -122,7 +122,7 @@ GRIDS = {
         ("squad", 0.1, 1, FINE_TUNED),
         ("squad", 0.03, 1, FINE_TUNED),
     ],
-    "squad_2800": [("squad", 0.1, 1, ["magnitude"])],
+    "squad_2800": [("squad", 0.1, 1, ["magnitude", "soft_mvp", "mgpp"])],
     "sst2_gpu": [
         ("sst2", 1, 1, DENSE),
         ("sst2", 0.1, 1, FINE_TUNED),

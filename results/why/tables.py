@@ -271,6 +271,19 @@ def moved():
                      "accuracy"], lines)
 
 
+def lent():
+    """mini, 3 %: magnitude.py with the masks of other runs, at two learning rates. F1."""
+    runs = {}
+    for row in read("why/lent.tsv"):
+        lender = row["lender"], f"{float(row['lender_lr']):.0e}".replace("e-0", "e-")
+        runs.setdefault((*lender, row["lender_F1"]), {})[float(row["lr"])] = float(row["F1"])
+    lines = []
+    for (method, lr, f1), found in runs.items():
+        cells = [f"{found[rate]:.1f}" if rate in found else "" for rate in (5e-4, 2e-3)]
+        lines.append([f"{method} at {lr}", f"{float(f1):.1f}", *cells])
+    return markdown(["mask of", "its own run", "trained at 5e-4", "trained at 2e-3"], lines)
+
+
 def spike():
     """Runs with and without the spike, side by side."""
     runs = {}
@@ -285,8 +298,8 @@ def spike():
 TABLES = {
     "floors": floors, "mini_lr": rates, "order": order, "generate": generation,
     "map": map_of_speed, "probes": probes, "what helps": what_helps, "wait": wait,
-    "penalty": penalty, "why/wait": waits, "ranking": ranking, "moved": moved, "spike": spike,
-    "cost": cost,
+    "penalty": penalty, "why/wait": waits, "ranking": ranking, "moved": moved, "lent": lent,
+    "spike": spike, "cost": cost,
 }
 
 
