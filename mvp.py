@@ -31,9 +31,9 @@ at values other than 0; this file cannot.
 
 The paper has movement ahead of magnitude where few weights are kept: with BERT-base on SQuAD F1
 81.7 against 78.5 with 10 % kept, and 76.3 against 54.5 with 3 %. But it can collapse, in short runs
-and in deep models: it ends at chance or not far above.
-On the real SST-2 (a BERT of three layers, 10 % kept, one seed) a run of 1,000 steps at --lr 3e-5
-ended at chance, with an accuracy of 50.9 %. Runs of 10,000 steps did not:
+and in deep models: it ends at chance or not far above. On the real SST-2 (a BERT of three layers,
+10 % kept, one seed) a run of 1,000 steps at --lr 3e-5 ended at chance, with an accuracy of 50.9 %.
+Runs of 10,000 steps did not:
 
     --lr     mvp.py     magnitude.py     a bag of words, without a BERT
     3e-5     81.3 %     78.4 %           81.9 %
