@@ -181,7 +181,7 @@ def draw_score(runs):
     floors = [grid.floor(world, "squad") for world in ("real", "mini")]
     parts = (
         (axes[0], "The papers: SQuAD, BERT-base", PAPERS_DENSE, floors[0], papers),
-        (axes[1], "Here: mini, three seeds (small marks)", dense, floors[1], ours))
+        (axes[1], "Here: mini at lr 5e-4, three seeds (small marks)", dense, floors[1], ours))
     for ax, title, top, lowest, lines in parts:
         ends = {}
         for method, (_, colour, mark) in METHODS.items():
