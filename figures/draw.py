@@ -295,8 +295,7 @@ def draw_rates(runs):
         if (row["layers"], row["steps"]) == ("3", "10000") and row["kept"] in ("1", "0.1"):
             method = "dense" if row["kept"] == "1" else row["script"]
             add("sst2", method, "3e-5", float(row["acc"]))
-    fig, axes = panels("Magnitude and MGPP need a higher learning rate than learned scores", 3, 4.6,
-                       width=12)
+    fig, axes = panels("Magnitude and MGPP gain most from a higher learning rate", 3, 4.6, width=12)
     parts = (("mini", "Mini, 3 % kept", "F1", grid.floor("mini", "squad"), (0, 104)),
              ("squad", "SQuAD, 10 % kept", "F1", grid.floor("real", "squad"), (0, 104)),
              ("sst2", "SST-2, 10 % kept", "accuracy", grid.floor("real", "sst2"), (76, 89)))
@@ -307,7 +306,8 @@ def draw_rates(runs):
             line = points[panel].get(method, {})
             rates = sorted(line)
             means = [np.mean(line[lr]) for lr in rates]
-            ax.plot(rates, means, color=colour, marker=mark, linewidth=2, label=name)
+            size = 14 if method == "dense" else 7
+            ax.plot(rates, means, color=colour, marker=mark, ms=size, linewidth=2, label=name)
         rates = sorted({lr for line in points[panel].values() for lr in line})
         ax.set_xscale("log")
         ax.set_xticks(rates, [f"{lr:.0e}".replace("e-0", "e-") for lr in rates])
@@ -316,6 +316,7 @@ def draw_rates(runs):
         ax.set_ylim(*limits)
         ax.axhspan(0, lowest, color="#EEF0F2", zorder=0)
         ax.axhline(lowest, color=FAINT, linewidth=1.2, linestyle="--")
+        ax.text(rates[-1] * 1.27, lowest, f"floor {lowest:.1f}", ha="right", va="top")
         ax.set_title(title)
         ax.set_xlabel("learning rate of the weights")
         ax.set_ylabel(metric)
