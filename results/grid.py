@@ -43,6 +43,7 @@ METHODS = ["magnitude", "mvp", "soft_mvp", "l0", "mgpp", "rpp"]
 VARIANTS = {
     "mvp_global": "mvp.py --scope global",
     "mgpp_L2": "mgpp.py --mix 1",
+    "mgpp_no_prior": "mgpp.py --mix 1 --slab 1e9",
     "mgpp_1e-12": "mgpp.py --spike 1e-12",
     "mgpp_1e-8": "mgpp.py --spike 1e-8",
     "mgpp_1e-6": "mgpp.py --spike 1e-6",
@@ -67,7 +68,7 @@ WAIT = [f"{method}_wait" for method in FINE_TUNED]
 VARIANTS |= {column: column.replace("_wait", ".py --t_i 0.3") for column in WAIT}
 HIGHER = [f"{method}_{lr}" for lr in ("1e-3", "2e-3", "4e-3") for method in FINE_TUNED]
 TAKEN_APART = ["magnitude_global_5e-4", "magnitude_global_2e-3", "magnitude_global_4e-3",
-               "mgpp_L2_2e-3", "mgpp_L2_4e-3"]
+               "mgpp_L2_2e-3", "mgpp_L2_4e-3", "mgpp_no_prior_5e-4", "mgpp_no_prior_2e-3"]
 for column in HIGHER + TAKEN_APART:
     method, lr = column.rsplit("_", 1)
     VARIANTS[column] = f"{VARIANTS.get(method, f'{method}.py')} --lr {lr}"

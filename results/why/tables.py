@@ -94,7 +94,7 @@ def rates():
     columns = [("0.03", lr) for lr in ("5e-4", "1e-3", "2e-3", "4e-3")]
     columns += [("0.1", lr) for lr in ("5e-4", "2e-3")]
     lines = [["dense", *(grid.mean(runs.get(("1", lr, "dense"))) for _, lr in columns)]]
-    for method in [*grid.FINE_TUNED, "magnitude_global", "mgpp_L2"]:
+    for method in [*grid.FINE_TUNED, "magnitude_global", "mgpp_L2", "mgpp_no_prior"]:
         lines.append([method, *(grid.mean(runs.get((*column, method))) for column in columns)])
     return markdown(["", *(f"{100 * float(kept):g} %, {lr}" for kept, lr in columns)], lines)
 
