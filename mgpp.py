@@ -45,14 +45,14 @@ the run ends there.)
 
 Does the spike help? Not in our runs. On mini's squad (the made-up questions in mini/) with 10 %
 kept, the mean F1 of three seeds is 81.6 with the spike and 87.0 with --mix 1, plain L2. With 3 %
-kept, and on the real SST-2 (one seed), we saw no clear difference. What helps is the slab, plain
-L2: on mini with 3 % kept and --lr 2e-3, F1 is 93.1 with spike and slab, 92.5 with the slab alone,
-and 78.6 with neither (one seed; at mini's own 5e-4 all are lower). In the mini run that we looked
-into, the spike hardly holds weights for more than half of the time, since a step is longer than the
-spike is wide. Instead it throws some: between two zeroings up to 1 % of all weights, more than ten
-lr far. A weight that ends a step inside the spike, and not at 0, gets one huge gradient. AdamW
-answers with a step of one to two lr, past 0, and momentum carries the weight on, in all about ten
-times as far. Towards the end the spike does hold weights: steps get short, as lr falls and as
+kept, and on the real SST-2 (one seed), we saw no clear difference. What helps there is the slab,
+plain L2: on mini with 3 % kept and --lr 2e-3, F1 is 93.1 with spike and slab, 92.5 with the slab
+alone, and 78.6 with neither (one seed; at mini's own 5e-4 all are lower). In the mini run that we
+looked into, the spike hardly holds weights for more than half of the time, since a step is longer
+than the spike is wide. Instead it throws some: between two zeroings up to 1 % of all weights, more
+than ten lr far. A weight that ends a step inside the spike, and not at 0, gets one huge gradient.
+AdamW answers with a step of one to two lr, past 0, and momentum carries the weight on, in all about
+ten times as far. Towards the end the spike does hold weights: steps get short, as lr falls and as
 AdamW's second moment still remembers the huge gradients. Which of these costs the five points we
 have not tested (results/why/README.md).
 
