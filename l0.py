@@ -7,9 +7,9 @@ huggingface/transformers-research-projects, movement-pruning, at fccd0cdab0.
 We would like to minimise the number of weights that are not 0, but a count has no gradient. So each
 weight is multiplied by a random gate z. A learned score S, the paper's log alpha, sets the
 probability that the gate is open (z > 0). This probability has a gradient, and is penalised: while
-too much is kept, the penalty pushes all scores down. Where dL/dW' * W is negative, more of W would
-lower the loss, and the loss's gradient pushes S up. Weights stay where this push outweighs the
-penalty.
+too much is kept, the penalty pushes all scores down (while too little is, up). Where dL/dW' * W is
+negative, more of W would lower the loss, and the loss's gradient pushes S up. Weights stay where
+this push outweighs the penalty.
 
     q  = sigmoid((y + S) / beta)             y: logistic noise, drawn anew at each step
     z  = clamp(q (zeta - gamma) + gamma, 0, 1)      q stretched to (gamma, zeta), then cut
@@ -35,8 +35,8 @@ its weight can come back. Counting and saving use neither noise nor beta: there 
 the gate is open where S exceeds log(-gamma / zeta) = -2.398. What is saved is W * z with this z.
 Why without beta? We only follow both official codes. With q = sigmoid(S / beta) the threshold would
 be -1.6, where P is 0.5. At -2.398 P is 0.31: share also counts gates that are shut in most draws.
-So share is not what E expects. E takes the probability P, and share takes 0 or 1, at this lower
-threshold; and in E a small matrix weighs as much as a large one.
+So E is not the expectation of share. E takes the probability P, and share takes 0 or 1, at this
+lower threshold; and in E a small matrix weighs as much as a large one.
 
 Sanh et al. minimise L + lambda E with a constant lambda, and keep the weights whose gates are open
 at the end, however many these are. `--penalty LAMBDA` does that; v then plays no part. (In their
@@ -52,8 +52,11 @@ in that score, and against Adam's eps.
 Unlike in mvp.py, the gate is random and takes any value from 0 to 1, the threshold is fixed, and no
 matrix has a count of its own: any may lose all its weights. Louizos et al. have one gate per input
 neuron, clamp S, add an L2 penalty on W, and keep a running average of W; the movement code does
-none of this, nor does this file. Short runs fail: on mini, at a goal of 3 %, 72 % of the gates were
-open after 100 steps, 2.95 % after 300.
+none of this, nor does this file.
+
+A run needs enough steps for the scores to fall. On mini, at a goal of 3 %, a run of 100 steps ended
+with 72 % of the gates still open, one of 300 steps with 2.95 %. At the end close_gap switches gates
+until the goal is met: after 100 steps it shuts gates that are wide open, and the run says so.
 
     python l0.py --task squad --sparsity 0.03
 
@@ -221,16 +224,16 @@ def close_gap(scores, v):
 # </method>
 
 # <method: hyper-parameters>
-# The values of mini are ours. Under paper, those of squad, mnli and qqp, except ascent, are the
-# paper's, also where they come from MINI (from the authors' run sheet and scripts; t_i and t_f do
-# nothing for L0 there, as lambda is constant); those of the other tasks are ours. "*" holds for all
-# tasks; a task's own values override it.
+# Under paper, all values of squad, mnli and qqp except ascent are the authors', from their run
+# sheet and scripts; where one comes from MINI the two are equal. (In the authors' L0 runs t_i and
+# t_f have no effect, as lambda is constant there; here they shape v.) Those of the other tasks, and
+# of mini, are ours. "*" holds for all tasks; a task's own values override it.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
     steps=1000, batch_size=32, lr=5e-4,
     length=128,                     # the most tokens in one input
-    warmup=0.05, lr_end=0.0,        # the fraction of steps in which lr rises; of lr left at the end
+    warmup=0.05, lr_end=0.0,        # in which fraction of the steps lr rises; what is left of it
     clip=1.0,                       # the norm to which all gradients together are clipped
     t_i=0.05, t_f=0.3,              # fractions of the steps: before v falls, and after its fall
     # score_lr: peak learning rate of the scores; ascent: the step sizes of mu1 and mu2
@@ -476,7 +479,7 @@ def main(args):
             group["lr"] = group["initial_lr"] * factor
 
         # The slots set v, the fraction to keep now (the log's "goal"), and penalty, added to the
-        # loss; one outside the loop sets goal, the fraction to keep in the end. None: not given.
+        # loss; one outside the loop sets goal, the fraction to keep in the end. v, goal: or None.
         # <method: before forward>
         # Noise before the forward pass: this step's loss is that of one draw of gates. The draw
         # depends on (seed, step) alone, so it is the same in all processes and in a resumed run.
@@ -548,11 +551,11 @@ def main(args):
             os.replace(out / "checkpoint.part", checkpoint)
 
     # <method: bake>
-    # Steering brings share close to the goal. close_gap does the rest: it moves the scores nearest
-    # to the threshold just across it. A gate that it opens gets a z of about 0.0001. A gate that it
-    # shuts had a z near 0, if few had to be shut. So W * z hardly changes. Then W * z becomes the
-    # plain weight of a plain nn.Linear (torch reads it without gradients, so Gated.forward adds no
-    # noise).
+    # In a run that is long enough, steering brings share close to the goal. close_gap does the
+    # rest: it moves the scores nearest to the threshold just across it. A gate that it opens gets a
+    # z of about 0.0001. A gate that it shuts had a z near 0, if few had to be shut. So W * z hardly
+    # changes. Then W * z becomes the plain weight of a plain nn.Linear (torch reads it without
+    # gradients, so Gated.forward adds no noise).
     goal = None
     if args.penalty is None:
         goal = args.sparsity
@@ -595,7 +598,7 @@ def main(args):
     checkpoint.unlink(missing_ok=True)
     print(line)
     if collapsed:
-        print("COLLAPSED: all answers alike. Try more steps or another method (results/why/)")
+        print("COLLAPSED: all answers alike. Try more steps, another --lr or method (results/why/)")
     if missed:
         sys.exit(3)
 

@@ -22,19 +22,20 @@ small weight adds little to a layer's output, so little is lost without it.
                  t_f are fractions of the run, 0.05 and 0.3 in the mini preset
     dL/dW'       gradient of the loss L with respect to W'
 
-Can a masked weight come back? Within a step M is a constant, so by the chain rule
-dL/dW = dL/dW' * M: a masked weight gets no gradient (and no weight decay), and stands still once
-Adam's momentum has faded. From then on it comes back only if kept weights shrink below it. But
-while v falls, the |W| that it takes to be kept rises, so few weights come back.
+Can a masked weight come back? Within a step M is a constant, so by the chain rule dL/dW = dL/dW' *
+M: a masked weight gets no gradient, and stands still once Adam's momentum has faded (weight decay
+is off). From then on it comes back only if kept weights shrink below it. But while v falls, the |W|
+that it takes to be kept rises, so few weights come back.
 
 The weakness: at a low learning rate fine-tuning hardly moves a weight, and what is large at the end
-was large after pre-training. So the task has little say in what is kept; mvp.py gives it more. A
-higher --lr helps as well; it also trains what is kept better. On the real SST-2 (a BERT of three
-layers, 10,000 steps, 10 % kept) the accuracy was 78.5 % at 3e-5 and 84.8 % at 2e-4 (means of three
-seeds; nothing pruned: 86.7, and 87.8 in one seed). Of the kept weights 94.5 and 83.8 % had been
-among the largest before (seed 0). On mini with 3 % kept F1 is about 26 at the preset's 5e-4, 80 at
-2e-3, and 22 at 4e-3, which is too much. The paper preset stays at the paper's low rates.
-(results/README.md; results/why/README.md)
+was large after pre-training. So the task has little say in what is kept; mvp.py (movement pruning)
+gives it more. A higher --lr helps as well; it also trains the kept weights better. On the real
+SST-2 (a BERT of three layers, 10,000 steps, 10 % kept) the accuracy was 78.5 % at 3e-5 and 84.8 %
+at 2e-4, means of three seeds. (Nothing pruned: 86.7 % at 3e-5, and 87.8 % at 2e-4 in one seed.) Of
+the weights kept at the end, 94.5 and 83.8 % had been among the largest 10 % before fine-tuning
+(seed 0). On mini (see below) with 3 % kept F1 is about 26 at the preset's 5e-4, which suits the
+model without pruning, 80 at 2e-3, and 22 at 4e-3, which is too much. The paper preset stays at the
+papers' low rates. (results/README.md; results/why/README.md)
 
 --sparsity is elsewhere often the fraction pruned; here 0.03 keeps 3 %. --sparsity 1 masks nothing:
 this dense run is the baseline, and its folder can be the --teacher of another run.
@@ -185,15 +186,15 @@ def magnitudes(layers):
 # </method>
 
 # <method: hyper-parameters>
-# The values of mini are ours. Under paper, those of squad, mnli and qqp are the paper's, also where
-# they come from MINI (from the authors' run sheet and scripts); those of the other tasks are ours.
-# "*" holds for all tasks; a task's own values override it.
+# Under paper, all values of squad, mnli and qqp are the authors', from their run sheet and scripts;
+# where one comes from MINI the two are equal. Those of the other tasks, and of mini, are ours. "*"
+# holds for all tasks; a task's own values override it.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
     steps=1000, batch_size=32, lr=5e-4,
     length=128,                     # the most tokens in one input
-    warmup=0.05, lr_end=0.0,        # the fraction of steps in which lr rises; of lr left at the end
+    warmup=0.05, lr_end=0.0,        # in which fraction of the steps lr rises; what is left of it
     clip=1.0,                       # the norm to which all gradients together are clipped
     t_i=0.05, t_f=0.3,              # fractions of the steps: before v falls, and after its fall
 )
@@ -213,7 +214,7 @@ HYPER = {
         "squad": dict(epochs=10, batch_size=16, length=384,
                       warmup=0.1, t_i=0.1, t_f=0.2),
         "mnli": dict(warmup=0.16, t_i=0.16, t_f=0.16),
-        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1, t_i=0.2, t_f=0.3)  # 3e-6, by the runs' names
+        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1, t_i=0.2, t_f=0.3)  # 3e-6: by their runs' names
     }
 }
 # </method>
@@ -422,7 +423,7 @@ def main(args):
             group["lr"] = group["initial_lr"] * factor
 
         # The slots set v, the fraction to keep now (the log's "goal"), and penalty, added to the
-        # loss; one outside the loop sets goal, the fraction to keep in the end. None: not given.
+        # loss; one outside the loop sets goal, the fraction to keep in the end. v, goal: or None.
         # <method: before forward>
         # Masks first, so that this step's loss and gradients are those of the pruned network.
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
@@ -508,7 +509,7 @@ def main(args):
     checkpoint.unlink(missing_ok=True)
     print(line)
     if collapsed:
-        print("COLLAPSED: all answers alike. Try more steps or another method (results/why/)")
+        print("COLLAPSED: all answers alike. Try more steps, another --lr or method (results/why/)")
     if missed:
         sys.exit(3)
 

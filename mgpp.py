@@ -44,17 +44,21 @@ the gradient is dL/dw alone, and the zeros are put back after each step. (With t
 the run ends there.)
 
 Does the spike help? Not in our runs. On mini's squad (the made-up questions in mini/) with 10 %
-kept, the mean F1 of three seeds is 81.6 with the spike and 87.0 with --mix 1, plain L2. With 3 %
-kept, and on the real SST-2 (one seed), we saw no clear difference. What helps there is the slab,
-plain L2: on mini with 3 % kept and --lr 2e-3, F1 is 93.1 with spike and slab, 92.5 with the slab
-alone, and 78.6 with neither (one seed; at mini's own 5e-4 all are lower). In the mini run that we
-looked into, the spike hardly holds weights for more than half of the time, since a step is longer
-than the spike is wide. Instead it throws some: between two zeroings up to 1 % of all weights, more
-than ten lr far. A weight that ends a step inside the spike, and not at 0, gets one huge gradient.
-AdamW answers with a step of one to two lr, past 0, and momentum carries the weight on, in all about
-ten times as far. Towards the end the spike does hold weights: steps get short, as lr falls and as
-AdamW's second moment still remembers the huge gradients. Which of these costs the five points we
-have not tested (results/why/README.md).
+kept, F1 is 81.6 (82, 79, 83) with the spike and 87.0 (87, 87, 88) with --mix 1, plain L2; three
+seeds each, on one machine. With 3 % kept, and on the real SST-2 (one seed), we saw no clear
+difference. On mini the spike hardly holds weights in the first half of the run that we looked into,
+since a step is longer than the spike is wide. Instead it throws some out: between two zeroings up
+to 1 % of all weights move by more than ten lr. A weight that ends a step inside the spike, and not
+at 0, gets one huge gradient. AdamW answers with a step of one to two lr, past 0, and momentum
+carries the weight on, in all about ten times as far. Towards the end the spike does hold weights:
+steps get short, as lr falls and as AdamW's second moment still remembers the huge gradients. Which
+of these costs the five points, if any, we have not tested.
+
+What does help is the slab, weak as its pull is. On mini with 3 % kept and --lr 2e-3, seed 0, F1 is
+93.1 with spike and slab, 92.5 with the slab alone, and 78.6 without a prior (--mix 1 --slab 1e9).
+At mini's own 5e-4 all three are lower. Our reading: AdamW divides each step by the recent size of
+the gradients, so the pull shrinks those weights most that the loss hardly feels.
+(results/why/README.md)
 
 Unlike magnitude.py: zeros are written into the weights, which go on learning; all matrices are
 always ranked together, a matrix may lose all its weights, and no gradient is clipped. Unlike the
@@ -66,8 +70,8 @@ binarizer.py: these belong to movement pruning's code (see magnitude.py).
     python mgpp.py --task squad --sparsity 0.1
 
 Without CUDA, this runs on the made-up data in mini/, where the F1 of a model without pruning is 99
-and that of a guesser 13.5. The last line begins (seed 0; where 81.6 was measured it had 82, as
-processors round differently):
+and that of a guesser 13.5. The last line begins (on another machine than the means above, where the
+same seed has 82: processors round differently):
 
     RESULT mgpp squad keeps 10.00% (prunes 90.00%) EM 76.8 F1 78.1 | 1000 steps ..
 """
@@ -102,8 +106,8 @@ import common
 # has to learn its task, and at the end the weights that are left get time to adapt.
 # Official: masked_run_squad.py, lines 72-92. There t_i and t_f are numbers of steps that do not
 # grow with the run, so a short run ends before pruning starts. (Under the paper preset t_f is 0
-# here, as in MGPP's own scripts. mini rests, as it does in the other five.) Used here for the shape
-# of fraction_left alone.
+# here, as in MGPP's own scripts. mini rests, as it does in the other five.) Only the cubic's shape
+# is used here: fraction_left, below, lets it fall from v_i to v_f.
 def schedule(step, steps, v_f, t_i, t_f):
     """v, the fraction to keep at a step, by eq. 5 of Sanh et al.
 
@@ -121,8 +125,8 @@ def schedule(step, steps, v_f, t_i, t_f):
 def fraction_left(step, steps, v_f, t_i, t_f, v_i):
     """v, the fraction left by a zeroing after `step` steps: from v_i at t_i down to v_f.
 
-    If v_i is below v_f, each zeroing leaves v_f. Before t_i it is 1, but only a run whose cubic
-    part is shorter than a step asks then.
+    If v_i is below v_f, each zeroing leaves v_f. Before t_i it returns 1; that happens only in a
+    run whose cubic part is shorter than a step.
     """
     if step < t_i * steps:
         return 1.0
@@ -227,7 +231,7 @@ MINI = dict(
     data=str(common.MINI),
     steps=1000, batch_size=32, lr=5e-4,
     length=128,                     # the most tokens in one input
-    warmup=0.05, lr_end=0.0,        # the fraction of steps in which lr rises; of lr left at the end
+    warmup=0.05, lr_end=0.0,        # in which fraction of the steps lr rises; what is left of it
     clip=1e30,                      # so high that nothing is clipped
     t_i=0.05, t_f=0.3,              # fractions of the run: before the first zeroing, after the last
     # v_i: fraction left by the first zeroing. spike, slab: variances. interval: steps from one
@@ -465,7 +469,7 @@ def main(args):
             group["lr"] = group["initial_lr"] * factor
 
         # The slots set v, the fraction to keep now (the log's "goal"), and penalty, added to the
-        # loss; one outside the loop sets goal, the fraction to keep in the end. None: not given.
+        # loss; one outside the loop sets goal, the fraction to keep in the end. v, goal: or None.
         # <method: before forward>
         # Only decided here, for the slots below; the zeroing comes after the optimizer's step.
         t = step + 1                                        # steps done by then
@@ -572,7 +576,7 @@ def main(args):
     checkpoint.unlink(missing_ok=True)
     print(line)
     if collapsed:
-        print("COLLAPSED: all answers alike. Try more steps or another method (results/why/)")
+        print("COLLAPSED: all answers alike. Try more steps, another --lr or method (results/why/)")
     if missed:
         sys.exit(3)
 

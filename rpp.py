@@ -12,19 +12,20 @@ task then starts from it: BERT is pruned once for all tasks, on text without lab
 
     minimise  f0(w) + gamma sum_i alpha_i |w_i|           f0: BERT's pre-training loss, MLM + NSP
 
-A step has two halves. In the first, Adam lowers f0 and knows nothing of pruning: w becomes a. In
-the second, the proximal step, each prunable weight is pulled towards 0, even if it is kept, and a
-weight that would cross 0 becomes 0:
+A step has two halves. In the first, Adam lowers f0 and knows nothing of pruning; call its result a.
+In the second, the proximal step, each prunable weight is pulled towards 0, even if it is kept, and
+a weight that would cross 0 becomes 0:
 
     w_i = sign(a_i) max(|a_i| - lr gamma alpha_i, 0)
 
 If f0 needs a weight, Adam pushes it back in the next step, as far as an Adam step reaches; if not,
-it slides to 0. A single step picks by size, but all weights shrink in every step, and only those
+it slides to 0. A single step picks by size, but in each step all weights shrink, and only those
 stay large that Adam pushes back. So the text has a say in what is kept.
 
 Why "reweighted"? Pruning is divided into --rounds rounds of equal length. In the first, each
 alpha_i is 1. When round k ends, alpha_i becomes 1 / (|w_i|^p + eps): from then on small weights are
-pulled harder than large ones.
+pulled harder than large ones. In later rounds a large weight is hardly pulled at all, and the
+contest goes on among the small ones.
 
     w            the N weights in the six matrices of each encoder layer, all layers together
     lr           pre-training's learning rate at this step
@@ -49,9 +50,10 @@ solve_gamma and --nip.)
 --nip runs the paper's baseline instead (NIP; from memory, "new iterative pruning"): it removes the
 weights that are smallest, over all matrices together, in equal cuts ("stairs"), the last one where
 the rounds would end. In between nothing pulls on a weight. A removed weight stays 0. On mini's
-squad with 10 % kept and 2,000 steps of pre-training RPP has F1 65.2, NIP 30.7 (three and two seeds;
-in another series 64.8 with p up to 5, 53.7 with p at most 1, which HYPER sets). --sparsity 1
-(without --gamma) is the control: it trains on the text and prunes nothing.
+squad with 10 % kept and 2,000 steps of pre-training RPP has F1 65.2 (three seeds), NIP 30.7 (two).
+In another series RPP has 64.8, and 53.7 if p is always 1 (three seeds each; the highest p, 5, is
+set in HYPER). --sparsity 1 (without --gamma) is the control: it trains on the text and prunes
+nothing.
 
 The seconds of the RESULT line below do not include pre-training. A new run into the same folder
 deletes the old support; --nip and --gamma do not change the folder's name, so give them --out. The
@@ -301,9 +303,9 @@ MINI = dict(
     corpus=str(common.MINI / "corpus.txt"),
     steps=1000, batch_size=32, lr=5e-4,
     length=128,                     # the most tokens in one input
-    warmup=0.05, lr_end=0.0,        # the fraction of steps in which lr rises; of lr left at the end
+    warmup=0.05, lr_end=0.0,        # in which fraction of the steps lr rises; what is left of it
     clip=1.0,                       # the norm to which all gradients together are clipped
-    rounds=12,                      # of pre-training, but not below: the flag --rounds sets it
+    rounds=12,                      # of pre-training; outside it, so that --rounds can set it
     pretrain=dict(
         steps=200, batch_size=32, lr=1e-3, length=96, warmup=0.05,
         recover=0.3,                # the last fraction of the steps, after the rounds
@@ -618,7 +620,7 @@ def main(args):
             if ended > ended_before:                        # one ends with this step
                 p = 1 if args.gamma else min(ended, phase["p"])
             gamma = 0.0
-            zeros = [w == 0 for w in weights]               # for the else below: Adam moves them
+            zeros = [w == 0 for w in weights]               # Adam moves these, too: see else
             optimizer.step()                                # the first half: w becomes a
             with torch.no_grad():
                 if step < rounds_end and not args.nip:      # the second half, while rounds last
@@ -703,7 +705,7 @@ def main(args):
             group["lr"] = group["initial_lr"] * factor
 
         # The slots set v, the fraction to keep now (the log's "goal"), and penalty, added to the
-        # loss; one outside the loop sets goal, the fraction to keep in the end. None: not given.
+        # loss; one outside the loop sets goal, the fraction to keep in the end. v, goal: or None.
         # <method: before forward>
         v = goal                                        # nothing more is pruned
         # </method>
@@ -787,7 +789,7 @@ def main(args):
     checkpoint.unlink(missing_ok=True)
     print(line)
     if collapsed:
-        print("COLLAPSED: all answers alike. Try more steps or another method (results/why/)")
+        print("COLLAPSED: all answers alike. Try more steps, another --lr or method (results/why/)")
     if missed:
         sys.exit(3)
 

@@ -217,31 +217,32 @@ class Masked(nn.Module):
 # p is 3 % of its largest value.)
 #
 # Our reading is that Adam makes the difference. For one score over recent steps, let m be the mean
-# and g the root mean square of the loss gradient dL/dW' * W alone. Its sign changes from batch to
-# batch, so |m| is usually far below g. Adam moves a score by about -lr times the mean of its whole
-# gradient over that gradient's root mean square. Without a penalty this quotient is m / g, and the
-# scale cancels: if all loss gradients of a score were ten times larger, it would move just as far.
-# With the penalty it is about (m + p) / sqrt(g^2 + p^2), and the scale counts, because p is the
-# same for large and for small loss gradients. What matters is how g compares with p:
+# and g the root mean square of the loss gradient dL/dW' * W alone. That gradient's sign changes
+# from batch to batch, so |m| is usually far below g. Adam moves a score by about -lr times the mean
+# of its whole gradient over that gradient's root mean square. Without a penalty this quotient is m
+# / g, and the scale cancels: if all loss gradients of a score were ten times larger, it would move
+# just as far. With the penalty it is about (m + p) / sqrt(g^2 + p^2), and the scale counts, because
+# p is the same for large and for small loss gradients. What matters is how g compares with p:
 #     g far below p    the quotient is about 1: the score sinks by about lr in each step
 #     g far above p    it is about (m + p) / g, far below 1: the score moves slowly
-# (lr: the scores' rate.) As lambda grows, p does at each S: at first only scores with the smallest
-# g sink fast, then others too. And a score that has sunk far has a smaller p, and so slows down.
+# (lr: the scores' rate.) For a given S, p grows with lambda. So at first only the scores with the
+# smallest g sink fast, later others too. A score that sinks far has a smaller and smaller p (see
+# above), and slows down when p is no longer far above its g.
 #
 # Why does a weight with a large g deserve to stay? Removing a kept W changes the loss of one batch
-# by about -dL/dW' * W. Over many batches these changes nearly cancel (m is small). What is left is
-# the second-order term, W^2 times the curvature of the loss, over 2. A usual stand-in for the
-# curvature is the mean squared gradient (the Fisher information). Times W^2 this is g^2. So, up to
-# a constant factor, g^2 estimates what removing W costs. (Of a masked W, g says how strongly
-# batches would react to switching it on.) The first scores to sink are those of weights to which
-# hardly any batch reacts. Direction still counts: where |m| is larger than p, the sign of m
-# decides, as in mvp.py.
+# by about -dL/dW' * W. Over many batches these changes nearly cancel; near a minimum of the loss
+# their mean, m, is 0. What is left there is the second-order term, W^2 times the curvature of the
+# loss, over 2. A usual stand-in for the curvature is the mean squared gradient (the Fisher
+# information). Times W^2 this is g^2. So, up to a constant factor, g^2 estimates what removing W
+# costs. (Of a masked W, g says how strongly batches would react to switching it on.) The first
+# scores to sink are those of weights to which hardly any batch reacts. Direction still counts:
+# where |m| is larger than p, the sign of m decides, as in mvp.py.
 #
-# Measured on SST-2 (six layers, 1,200 steps, lr 3e-5), in one run of this file towards 10 %,
-# stopped at 60 %: the rank correlation of S with g (here over all steps so far; within each matrix,
-# a mean over the matrices) climbs from 0.02 to 0.85 while the fraction kept falls from 97 to 60 %.
-# In the same run without the penalty it stays at 0.02, and the training loss is at chance. We have
-# not shown that the correlation is what saves a run (results/why/README.md).
+# Measured on SST-2 (six layers, 1,200 steps, lr 3e-5): in a run of this file that aims at 10 %
+# kept, and that we stopped at 60 % kept, the rank correlation of S with g climbs from 0.02 (97 %
+# kept) to 0.85 (60 % kept). (g is taken over all steps so far; the correlation is taken within each
+# matrix, then averaged.) In the same run with lambda_f = 0 it stays at 0.02, and the training loss
+# is at chance. We have not shown that the correlation is what saves a run (results/why/README.md).
 #
 # R takes the mean within each matrix first. A feed-forward matrix of BERT has four times as many
 # weights as an attention matrix, so its p is a quarter as large. Ranked together, the feed-forward
@@ -259,15 +260,15 @@ def sigmoid_penalty(scores):
 # </method>
 
 # <method: hyper-parameters>
-# The values of mini are ours. Under paper, those of squad, mnli and qqp, except lambda_f, are the
-# paper's, also where they come from MINI (from the authors' run sheet and scripts); those of the
-# other tasks are ours. "*" holds for all tasks; a task's own values override it.
+# Under paper, all values of squad, mnli and qqp except lambda_f are the authors', from their run
+# sheet and scripts; where one comes from MINI the two are equal. Those of the other tasks, and of
+# mini, are ours. "*" holds for all tasks; a task's own values override it.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
     steps=1000, batch_size=32, lr=5e-4,
     length=128,                     # the most tokens in one input
-    warmup=0.05, lr_end=0.0,        # the fraction of steps in which lr rises; of lr left at the end
+    warmup=0.05, lr_end=0.0,        # in which fraction of the steps lr rises; what is left of it
     clip=1.0,                       # the norm to which all gradients together are clipped
     t_i=0.05, t_f=0.3,              # fractions of the steps: before v falls, and after its fall
     score_lr=1e-2,                  # peak learning rate of the scores
@@ -508,7 +509,7 @@ def main(args):
             group["lr"] = group["initial_lr"] * factor
 
         # The slots set v, the fraction to keep now (the log's "goal"), and penalty, added to the
-        # loss; one outside the loop sets goal, the fraction to keep in the end. None: not given.
+        # loss; one outside the loop sets goal, the fraction to keep in the end. v, goal: or None.
         # <method: before forward>
         # Masks first, so that this step's loss and gradients are those of the pruned network.
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
@@ -606,7 +607,7 @@ def main(args):
     checkpoint.unlink(missing_ok=True)
     print(line)
     if collapsed:
-        print("COLLAPSED: all answers alike. Try more steps or another method (results/why/)")
+        print("COLLAPSED: all answers alike. Try more steps, another --lr or method (results/why/)")
     if missed:
         sys.exit(3)
 

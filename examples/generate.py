@@ -82,8 +82,8 @@ def schedule(step, steps, v_f, t_i, t_f):
 def fraction_left(step, steps, v_f, t_i, t_f, v_i):
     """v, the fraction left by a zeroing after `step` steps: from v_i at t_i down to v_f.
 
-    If v_i is below v_f, each zeroing leaves v_f. Before t_i it is 1, but only a run whose cubic
-    part is shorter than a step asks then.
+    If v_i is below v_f, each zeroing leaves v_f. Before t_i it returns 1; that happens only in a
+    run whose cubic part is shorter than a step.
     """
     if step < t_i * steps:
         return 1.0
