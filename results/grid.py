@@ -86,7 +86,6 @@ GRIDS = {
     "mini_lr": [
         ("squad", 0.03, 3, HIGHER[:10]),
         ("squad", 0.03, 1, HIGHER[10:] + TAKEN_APART),
-        ("squad", 0.1, 1, HIGHER[:10]),
         ("squad", 1, 1, ["magnitude_1e-3", "magnitude_2e-3", "magnitude_4e-3"]),
     ],
     "sst2_3000": [

@@ -92,7 +92,6 @@ def rates():
                 kept = row["sparsity"]
                 runs.setdefault((kept, lr, method), []).append(grid.score("squad", row["scores"]))
     columns = [("0.03", lr) for lr in ("5e-4", "1e-3", "2e-3", "4e-3")]
-    columns += [("0.1", lr) for lr in ("5e-4", "2e-3")]
     lines = [["dense", *(grid.mean(runs.get(("1", lr, "dense"))) for _, lr in columns)]]
     for method in [*grid.FINE_TUNED, "magnitude_global", "mgpp_L2", "mgpp_no_prior"]:
         lines.append([method, *(grid.mean(runs.get((*column, method))) for column in columns)])
