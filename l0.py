@@ -572,7 +572,7 @@ def main(args):
     if world > 1:
         torch.distributed.destroy_process_group()
     if rank > 0:
-        return
+        os._exit(0)                 # a plain return frees DDP, and torch can stand still in that
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     model = type(model).from_pretrained(out).to(device)
