@@ -233,7 +233,8 @@ MINI = dict(
     data=str(common.MINI),
     steps=1000, batch_size=32, lr=5e-4,
     length=128,                     # the most tokens in one input
-    warmup=0.05, lr_end=0.0,        # in which fraction of the steps lr rises; what is left of it
+    warmup=0.05,                    # the fraction of the steps in which lr rises
+    lr_end=0.0,                     # the fraction of its peak that is left after the last step
     clip=1.0,                       # the norm to which all gradients together are clipped
     t_i=0.05, t_f=0.3,              # fractions of the steps: before v falls, and after its fall
     # score_lr: peak learning rate of the scores; ascent: the step sizes of mu1 and mu2

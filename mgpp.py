@@ -231,7 +231,8 @@ MINI = dict(
     data=str(common.MINI),
     steps=1000, batch_size=32, lr=5e-4,
     length=128,                     # the most tokens in one input
-    warmup=0.05, lr_end=0.0,        # in which fraction of the steps lr rises; what is left of it
+    warmup=0.05,                    # the fraction of the steps in which lr rises
+    lr_end=0.0,                     # the fraction of its peak that is left after the last step
     clip=1e30,                      # so high that nothing is clipped
     t_i=0.05, t_f=0.3,              # fractions of the run: before the first zeroing, after the last
     # v_i: fraction left by the first zeroing. spike, slab: variances. interval: steps from one

@@ -135,8 +135,8 @@ def top_v(scores, v):
 
 
 # With --scope global all matrices compete. One could lose all its weights: its output would then be
-# nothing but the bias. So each matrix first keeps its best 0.5 %, about; if v is smaller, its best
-# v.
+# nothing but the bias. So each matrix first keeps about 0.5 % of its weights, its best (or the
+# fraction v, if that is smaller).
 # Official: binarizer.py, line 53.
 def least_share(n):
     """The fraction of its n weights that a matrix keeps at least: int(0.005 n) + 1 of n."""
@@ -232,7 +232,8 @@ MINI = dict(
     data=str(common.MINI),
     steps=1000, batch_size=32, lr=5e-4,
     length=128,                     # the most tokens in one input
-    warmup=0.05, lr_end=0.0,        # in which fraction of the steps lr rises; what is left of it
+    warmup=0.05,                    # the fraction of the steps in which lr rises
+    lr_end=0.0,                     # the fraction of its peak that is left after the last step
     clip=1.0,                       # the norm to which all gradients together are clipped
     t_i=0.05, t_f=0.3,              # fractions of the steps: before v falls, and after its fall
     score_lr=1e-2                   # peak learning rate of the scores

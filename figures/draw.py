@@ -27,7 +27,6 @@ figures/logs/SCRIPT-squad-0.1-s0.jsonl.
 """
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -42,8 +41,9 @@ from matplotlib.colors import ListedColormap  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path[:0] = [str(ROOT / "mini"), str(ROOT / "results")]
+sys.path[:0] = [str(ROOT / "mini"), str(ROOT / "results"), str(ROOT / "results" / "why")]
 import grid  # noqa: E402
+import tables  # noqa: E402
 import words  # noqa: E402
 
 # name, colour, mark: the same in every picture
@@ -142,13 +142,17 @@ def apart(heights, gap):
     return places
 
 
+def shade_floor(ax, lowest):
+    ax.axhspan(0, lowest, color="#EEF0F2", zorder=0)
+    ax.axhline(lowest, color=FAINT, linewidth=1.2, linestyle="--")
+
+
 def score_lines(ax, dense, lowest):
     """Dense: the score of the unpruned model. Below the floor a guesser is better."""
     left, right = ax.get_xlim()
     ax.axhline(dense, color=INK, linewidth=1.2)
     ax.text(1.05 * left, dense + 1, f"dense {dense:.1f}", va="bottom")
-    ax.axhspan(0, lowest, color="#EEF0F2", zorder=0)
-    ax.axhline(lowest, color=FAINT, linewidth=1.2, linestyle="--")
+    shade_floor(ax, lowest)
     ax.text(right, lowest - 1.5, f"floor {lowest:.1f}: a guesser", ha="right", va="top")
     ax.set_ylim(0, 106)
 
@@ -270,52 +274,28 @@ def draw_runs(runs):
 
 def draw_rates(runs):
     """Scores by learning rate: mini (means of the seeds there are), SQuAD, SST-2."""
-    points = {}                                 # {panel: {method or dense: {lr: [score]}}}
-
-    def add(panel, method, lr, score):
-        points.setdefault(panel, {}).setdefault(method, {}).setdefault(float(lr), []).append(score)
-
-    for row in read_tsv(ROOT / "results" / "mini.tsv"):
-        if row["task"] == "squad" and row["sparsity"] in ("1", "0.03"):
-            method = "dense" if row["sparsity"] == "1" else row["method"]
-            add("mini", method, "5e-4", grid.score("squad", row["scores"]))
-    for row in read_tsv(ROOT / "results" / "mini_lr.tsv"):
-        if row["sparsity"] in ("1", "0.03"):
-            method, lr = row["method"].rsplit("_", 1)
-            method = "dense" if row["sparsity"] == "1" else method
-            add("mini", method, lr, grid.score("squad", row["scores"]))
-    for name, panel, task in (("squad_gpu", "squad", "squad"), ("squad_2800", "squad", "squad"),
-                              ("sst2_10000", "sst2", "sst2")):
-        for row in read_tsv(ROOT / "results" / f"{name}.tsv"):
-            if row["sparsity"] in ("1", "0.1"):
-                method = "dense" if row["sparsity"] == "1" else row["method"]
-                lr = re.search(r"--lr (\S+)", row["command"])[1]
-                add(panel, method, lr, grid.score(task, row["scores"]))
-    for row in read_tsv(ROOT / "results" / "why" / "speed.tsv"):
-        if (row["layers"], row["steps"]) == ("3", "10000") and row["kept"] in ("1", "0.1"):
-            method = "dense" if row["kept"] == "1" else row["script"]
-            add("sst2", method, "3e-5", float(row["acc"]))
+    found = tables.by_rate()
     fig, axes = panels("Magnitude and MGPP gain most from a higher learning rate", 3, 4.6, width=12)
-    parts = (("mini", "Mini, 3 % kept", "F1", grid.floor("mini", "squad"), (0, 104)),
-             ("squad", "SQuAD, 10 % kept", "F1", grid.floor("real", "squad"), (0, 104)),
-             ("sst2", "SST-2, 10 % kept", "accuracy", grid.floor("real", "sst2"), (76, 89)))
-    lines = {"dense": ("dense", FAINT, "_")} | METHODS
-    del lines["rpp"]
-    for ax, (panel, title, metric, lowest, limits) in zip(axes, parts):
-        for method, (name, colour, mark) in lines.items():
-            line = points[panel].get(method, {})
-            rates = sorted(line)
-            means = [np.mean(line[lr]) for lr in rates]
+    parts = (
+        ("mini", "0.03", "Mini, 3 % kept", "F1", grid.floor("mini", "squad"), (0, 104)),
+        ("squad", "0.1", "SQuAD, 10 % kept", "F1", grid.floor("real", "squad"), (0, 104)),
+        ("sst2", "0.1", "SST-2, 10 % kept", "accuracy", grid.floor("real", "sst2"), (76, 89)))
+    lines = {"dense": ("dense", FAINT, "_")}
+    lines |= {method: METHODS[method] for method in grid.FINE_TUNED}
+    for ax, (data, v, title, metric, lowest, limits) in zip(axes, parts):
+        names = sorted({run[2] for run in found if run[:2] == (data, v)}, key=float)
+        rates = [float(name) for name in names]
+        for method, (label, colour, mark) in lines.items():
+            kept = "1" if method == "dense" else v
+            means = [np.mean(found.get((data, kept, name, method), np.nan)) for name in names]
             size = 14 if method == "dense" else 7
-            ax.plot(rates, means, color=colour, marker=mark, ms=size, linewidth=2, label=name)
-        rates = sorted({lr for line in points[panel].values() for lr in line})
+            ax.plot(rates, means, color=colour, marker=mark, ms=size, linewidth=2, label=label)
         ax.set_xscale("log")
-        ax.set_xticks(rates, [f"{lr:.0e}".replace("e-0", "e-") for lr in rates])
+        ax.set_xticks(rates, names)
         ax.minorticks_off()
         ax.set_xlim(rates[0] / 1.3, rates[-1] * 1.3)
         ax.set_ylim(*limits)
-        ax.axhspan(0, lowest, color="#EEF0F2", zorder=0)
-        ax.axhline(lowest, color=FAINT, linewidth=1.2, linestyle="--")
+        shade_floor(ax, lowest)
         ax.text(rates[-1] * 1.27, lowest, f"floor {lowest:.1f}", ha="right", va="top")
         ax.set_title(title)
         ax.set_xlabel("learning rate of the weights")

@@ -1,7 +1,7 @@
 """Drives the runs behind the tables, and writes what they measured to results/NAME.tsv.
 
     python results/grid.py mini --jobs 2                       the data in mini/: squad, mnli, qqp
-    python results/grid.py mini_lr --jobs 2                    the same, two higher learning rates
+    python results/grid.py mini_lr --jobs 2                    its questions, at higher rates
     python results/grid.py sst2_10000 --model DIR --data DIR   SST-2, three layers, 10,000 steps
     python results/grid.py squad11 --model DIR --data DIR      SQuAD 1.1, a small real BERT
     python results/grid.py sst2_3000 --model DIR --data DIR --corpus FILE      SST-2, 3,000 steps
@@ -66,10 +66,10 @@ RPP = ["rpp"]
 FINE_TUNED = [method for method in METHODS if method != "rpp"]
 WAIT = [f"{method}_wait" for method in FINE_TUNED]
 VARIANTS |= {column: column.replace("_wait", ".py --t_i 0.3") for column in WAIT}
-HIGHER = [f"{method}_{lr}" for lr in ("1e-3", "2e-3", "4e-3") for method in FINE_TUNED]
+HIGHER = {lr: [f"{method}_{lr}" for method in FINE_TUNED] for lr in ("1e-3", "2e-3", "4e-3")}
 TAKEN_APART = ["magnitude_global_5e-4", "magnitude_global_2e-3", "magnitude_global_4e-3",
                "mgpp_L2_2e-3", "mgpp_L2_4e-3", "mgpp_no_prior_5e-4", "mgpp_no_prior_2e-3"]
-for column in HIGHER + TAKEN_APART:
+for column in sum(HIGHER.values(), TAKEN_APART):
     method, lr = column.rsplit("_", 1)
     VARIANTS[column] = f"{VARIANTS.get(method, f'{method}.py')} --lr {lr}"
 SPIKES = ["mgpp_1e-12", "mgpp_1e-8", "mgpp_1e-6", "mgpp_1e-4"]
@@ -84,8 +84,9 @@ GRIDS = {
         ("squad", 0.03, 2, TEACHER),
     ],
     "mini_lr": [
-        ("squad", 0.03, 3, HIGHER[:10]),
-        ("squad", 0.03, 1, HIGHER[10:] + TAKEN_APART),
+        ("squad", 0.03, 1, HIGHER["1e-3"]),
+        ("squad", 0.03, 3, HIGHER["2e-3"]),
+        ("squad", 0.03, 1, HIGHER["4e-3"] + TAKEN_APART),
         ("squad", 1, 1, ["magnitude_1e-3", "magnitude_2e-3", "magnitude_4e-3"]),
     ],
     "sst2_3000": [

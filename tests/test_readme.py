@@ -182,9 +182,35 @@ def scores(name, column="scores", **wanted):
             if all(row[key] == text for key, text in wanted.items())]
 
 
-def pair(low, high):
-    """The means at a lower and at a higher learning rate, as the page has them."""
-    return " / ".join(f"{np.mean(found):.1f}" for found in (low, high) if found)
+def mean(name, column="scores", **wanted):
+    """The mean of these rows, of which there must be one at least, as the page has it."""
+    found = scores(name, column, **wanted)
+    assert found, (name, wanted)
+    return f"{np.mean(found):.1f}"
+
+
+def mini(method, v, lr="5e-4", **wanted):
+    if lr == "5e-4":
+        return mean("mini.tsv", method=method, task="squad", sparsity=v, **wanted)
+    return mean("mini_lr.tsv", method=f"{method}_{lr}", task="squad", sparsity=v, **wanted)
+
+
+def sst2(method, v, lr):
+    """Three layers, 10,000 steps."""
+    if lr == "2e-4":
+        return mean("sst2_10000.tsv", method=method, sparsity=v)
+    return mean("why/speed.tsv", "acc", script=method, layers="3", steps="10000", kept=v)
+
+
+def squad(method, v):
+    """Six layers, 2,800 steps: at 1e-4, and at 2e-4 where it was run."""
+    ours = dict(method=method, sparsity=v)
+    higher = [mean("squad_2800.tsv", **ours)] if scores("squad_2800.tsv", **ours) else []
+    return [mean("squad_gpu.tsv", **ours), *higher]
+
+
+def floor(data, task):
+    return f"{max(scores('floor.tsv', data=data, task=task)):.1f}"
 
 
 def front_row(beginning):
@@ -195,12 +221,9 @@ def front_row(beginning):
 
 def front_cells(method, ten, three):
     """SQuAD, SST-2 and mini; ten, three: the fractions kept as the rows write them."""
-    ours = dict(method=method, sparsity=ten)
-    mini = pair(scores("mini.tsv", method=method, task="squad", sparsity=three),
-                scores("mini_lr.tsv", method=f"{method}_2e-3", sparsity=three))
-    slow = scores("why/speed.tsv", "acc", script=method, layers="3", steps="10000", kept=ten)
-    return [pair(scores("squad_gpu.tsv", **ours), scores("squad_2800.tsv", **ours)),
-            pair(slow, scores("sst2_10000.tsv", **ours)), mini]
+    return [" / ".join(squad(method, ten)),
+            f"{sst2(method, ten, '3e-5')} / {sst2(method, ten, '2e-4')}",
+            f"{mini(method, three)} / {mini(method, three, '2e-3')}"]
 
 
 @pytest.mark.parametrize("method", METHODS[:-1])
@@ -213,13 +236,82 @@ def test_front_table(method):
 
 def test_front_table_dense_and_floor():
     assert front_row("| dense")[3:] == front_cells("magnitude", "1", "1")
-    squad, sst2, mini = [max(scores("floor.tsv", data=data, task=task)) for data, task in
-                         (("real", "squad"), ("real", "sst2"), ("mini", "squad"))]
-    assert front_row("| floor")[1:] == [f"{x:.1f}" for x in (squad, squad, squad, sst2, mini)]
+    real = floor("real", "squad")
+    assert front_row("| floor")[1:] == [
+        real, real, real, floor("real", "sst2"), floor("mini", "squad")]
+
+
+def test_below_the_table():
+    text = " ".join(README.split("## Which one")[1].split("## What we found")[0].split())
+    magnitude, soft, mgpp = [mean("squad11.tsv", method=method, sparsity="0.3")
+                             for method in ("magnitude", "soft_mvp", "mgpp")]
+    assert f"{magnitude} to {soft} after 800 steps, where `mgpp.py` has {mgpp};" in text
+    magnitude, soft = [mean("squad_10000.tsv", method=method, sparsity="0.3")
+                       for method in ("magnitude", "soft_mvp")]
+    assert f"{magnitude} to {soft} after 10,000, with fewer layers" in text
+    assert f"it has F1 {mini('rpp', '0.1')} and {mini('rpp', '0.03')} on mini" in text
+    default = importlib.import_module("rpp").MINI["pretrain"]["steps"]
+    rows = (ROOT / "results" / "mini.tsv").read_text().splitlines()
+    for v in ("0.1", "0.03"):
+        ran = [row for row in rows if row.startswith(f"rpp\tsquad\t{v}\t")]
+        assert len(ran) == 3 and all(f"--pretrain_steps {10 * default}" in row for row in ran)
+
+
+def test_findings():
+    """Each figure of the front page's findings, in its sentence."""
+    text = " ".join(README.split("## What we found")[1].split("## How to read")[0].split())
+    low, high = [[mini(method, "0.03", lr) for method in ("soft_mvp", "magnitude", "mgpp")]
+                 for lr in ("5e-4", "2e-3")]
+    assert f"at 5e-4, soft movement has F1 {low[0]} and magnitude {low[1]}." in text
+    assert f"they have {high[0]} and {high[1]}, and MGPP rises from {low[2]} to {high[2]}" in text
+    gains = []
+    for method in ("magnitude", "mgpp", "soft_mvp"):
+        rows = dict(script=method, layers="3", steps="10000", kept="0.1")
+        before = np.mean(scores("why/speed.tsv", "acc", **rows))
+        after = np.mean(scores("sst2_10000.tsv", method=method, sparsity="0.1"))
+        gains.append(f"{after - before:.1f}")
+    assert "magnitude and MGPP gain {} and {} points from 3e-5 to 2e-4, soft movement {}.".format(
+        *gains) in text
+    best = [max((mini(method, "0.03", lr) for lr in ("5e-4", "1e-3", "2e-3", "4e-3")), key=float)
+            for method in ("soft_mvp", "mgpp", "l0", "mvp", "magnitude")]
+    assert "rates: soft movement {}, MGPP {}, L0 {}, movement {}, magnitude {} (".format(
+        *best) in text
+    soft, magnitude, mgpp = [" and ".join(squad(method, "0.1"))
+                             for method in ("soft_mvp", "magnitude", "mgpp")]
+    assert f"it has {soft} at two rates, magnitude {magnitude}. MGPP has {mgpp}." in text
+    own, soft = [mean("why/lent.tsv", "lender_F1", lender=lender, lender_lr="0.0005")
+                 for lender in ("magnitude", "soft_mvp")]
+    borrowed = mean("why/lent.tsv", "F1", lender="soft_mvp", lender_lr="0.0005", lr="0.0005")
+    assert f"`magnitude.py` has {own}." in text
+    assert f"it has {borrowed}, as soft movement itself: {soft} (" in text
+    apart = [mini(method, "0.03", "2e-3", seed="0") for method in
+             ("mgpp", "mgpp_L2", "mgpp_no_prior", "magnitude", "magnitude_global")]
+    pulled = [mean("default.tsv", method=method, sparsity="0.03") for method in ("l2", "l2_global")]
+    assert "with both {}, with the weak one alone {}, with neither {}.".format(*apart) in text
+    assert "has {}; with one ranking of all matrices {}, with [plain L2]".format(*apart[3:]) in text
+    assert "(examples/exercises.md) {}, with both {}.".format(*pulled) in text
+    stated = re.findall(r"([\d.]+) after ([\d,]+)", text)
+    assert len(stated) >= 3
+    for accuracy, steps in stated:
+        assert accuracy == mean("why/speed.tsv", "acc", script="mvp", layers="3", kept="0.1",
+                                steps=steps.replace(",", ""), seed="0")
+    assert f"(a bag of words: {floor('real', 'sst2')})" in text
+
+
+def test_findings_of_the_results_page():
+    """Those that the front page leaves to it: 30 % kept, and RPP's one support."""
+    text = RESULTS.split("## Findings")[1].split("\n## ")[0]
+    short = [mean("squad11.tsv", method=method, sparsity="0.3")
+             for method in ("mgpp", "magnitude", "soft_mvp")]
+    long = [mean("squad_10000.tsv", method=method, sparsity="0.3")
+            for method in ("mvp", "soft_mvp", "l0", "magnitude")]
+    assert "six layers: MGPP F1 {}, magnitude {}, soft movement {}.".format(*short) in text
+    assert "three layers: movement {}, soft movement {}, L0 {}, magnitude {}.".format(*long) in text
+    assert f"F1 is {mini('rpp', '0.4')} on the questions (dense {mini('magnitude', '1')})" in text
 
 
 def test_figures_of_the_front_page_are_results():
-    """They stand on the pages of results, whose tables are made of the rows."""
+    """None is left out: all stand on the pages of results, whose tables are made of the rows."""
     text = README.split("## Which one")[1].split("## How to read")[0]
     figures = set(re.findall(r"\b\d+\.\d\b", text))
     assert len(figures) > 40

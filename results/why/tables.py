@@ -31,6 +31,11 @@ def markdown(header, lines):
     return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
 
 
+def rate(lr):
+    """2e-4 of "0.0002"."""
+    return f"{float(lr):.0e}".replace("e-0", "e-")
+
+
 def values(scores):
     """[12.5, 15.0] of "EM 12.5 F1 15.0"."""
     return [float(x) for x in scores.split()[1::2]]
@@ -79,45 +84,59 @@ def generation():
     return markdown(["", "EM", "ROUGE-1", "ROUGE-2", "ROUGE-L"], lines)
 
 
-def rates():
-    """Mini's questions at four learning rates: F1."""
+def by_rate():
+    """{(mini, squad or sst2; fraction kept; learning rate; method or dense): scores}"""
     runs = {}
-    for name in ("mini.tsv", "mini_lr.tsv"):
-        for row in read(name):
-            if row["task"] == "squad":
-                method, lr = row["method"], "5e-4"
-                if name == "mini_lr.tsv":
-                    method, lr = method.rsplit("_", 1)
-                method = "dense" if row["sparsity"] == "1" else method
-                kept = row["sparsity"]
-                runs.setdefault((kept, lr, method), []).append(grid.score("squad", row["scores"]))
-    columns = [("0.03", lr) for lr in ("5e-4", "1e-3", "2e-3", "4e-3")]
-    lines = [["dense", *(grid.mean(runs.get(("1", lr, "dense"))) for _, lr in columns)]]
+
+    def add(data, kept, lr, method, score):
+        method = "dense" if kept == "1" else method
+        runs.setdefault((data, kept, lr, method), []).append(score)
+
+    for row in read("mini.tsv"):
+        if row["task"] == "squad":
+            score = grid.score("squad", row["scores"])
+            add("mini", row["sparsity"], "5e-4", row["method"], score)
+    for row in read("mini_lr.tsv"):
+        method, lr = row["method"].rsplit("_", 1)
+        add("mini", row["sparsity"], lr, method, grid.score("squad", row["scores"]))
+    for name in ("squad_gpu", "squad_2800", "sst2_10000"):
+        for row in read(f"{name}.tsv"):
+            task = row["task"]
+            lr = re.search(r"--lr (\S+)", row["command"])[1]
+            add(task, row["sparsity"], lr, row["method"], grid.score(task, row["scores"]))
+    for row in read("why/speed.tsv"):
+        if (row["layers"], row["steps"]) == ("3", "10000"):
+            add("sst2", row["kept"], "3e-5", row["script"], float(row["acc"]))
+    return runs
+
+
+def rates():
+    """Mini's questions, 3 % kept, at four learning rates: F1."""
+    runs = by_rate()
+    rates = ("5e-4", "1e-3", "2e-3", "4e-3")
+    lines = [["dense", *(grid.mean(runs["mini", "1", lr, "dense"]) for lr in rates)]]
     for method in [*grid.FINE_TUNED, "magnitude_global", "mgpp_L2", "mgpp_no_prior"]:
-        lines.append([method, *(grid.mean(runs.get((*column, method))) for column in columns)])
-    return markdown(["", *(f"{100 * float(kept):g} %, {lr}" for kept, lr in columns)], lines)
+        lines.append([method, *(grid.mean(runs.get(("mini", "0.03", lr, method))) for lr in rates)])
+    return markdown(["", *(f"3 %, {lr}" for lr in rates)], lines)
 
 
 def order():
-    """SST-2, three layers, 10,000 steps of 16: accuracy, less magnitude's, and less the floor."""
-    runs = {}
-    for row in read("why/speed.tsv"):
-        if (row["layers"], row["steps"]) == ("3", "10000"):
-            name = "dense" if row["kept"] == "1" else row["script"]
-            runs.setdefault((name, row["kept"]), []).append(float(row["acc"]))
+    """SST-2, three layers, 10,000 steps of 16: accuracy, minus magnitude's, and minus the floor."""
+    runs = by_rate()
     floor = grid.floor("real", "sst2")
 
     def difference(a, b):
         error = sum(x * (100 - x) / 872 for x in (a, b)) ** 0.5
         return f"{a - b:+.1f} ± {error:.1f}"
 
-    dense = grid.mean(runs["dense", "1"])
+    dense = grid.mean(runs["sst2", "1", "3e-5", "dense"])
     lines = [["floor", *[f"{floor:.1f}", "", ""] * 2], ["dense", *[dense, "", ""] * 2]]
     for method in grid.METHODS[:-1]:
         lines.append([method])
         for v in ("0.1", "0.03"):
-            mean, magnitude = (np.mean(runs[name, v]) for name in (method, "magnitude"))
-            lines[-1] += [grid.mean(runs[method, v]),
+            found, magnitudes = (runs["sst2", v, "3e-5", name] for name in (method, "magnitude"))
+            mean, magnitude = np.mean(found), np.mean(magnitudes)
+            lines[-1] += [grid.mean(found),
                           "" if method == "magnitude" else difference(mean, magnitude),
                           difference(mean, floor)]
     columns = [(f"sst2, {v} %", "minus magnitude", "minus the floor") for v in (10, 3)]
@@ -262,7 +281,7 @@ def moved():
     lines = []
     for row in read("why/moved.tsv"):
         kept = "dense" if row["kept_%"] == "100" else row["method"]
-        lines.append([kept, f"{float(row['lr']):.0e}".replace("e-0", "e-"),
+        lines.append([kept, rate(row["lr"]),
                       *("" if kept == "dense" else row[name] for name in ("same_%", "chance_%")),
                       row["change"], row["size"],
                       f"{grid.score(row['task'], row['scores']):.1f}"])
@@ -274,12 +293,10 @@ def lent():
     """mini, 3 %: magnitude.py with the masks of other runs, at two learning rates. F1."""
     runs = {}
     for row in read("why/lent.tsv"):
-        lender = row["lender"], f"{float(row['lender_lr']):.0e}".replace("e-0", "e-")
-        runs.setdefault((*lender, row["lender_F1"]), {})[float(row["lr"])] = float(row["F1"])
-    lines = []
-    for (method, lr, f1), found in runs.items():
-        cells = [f"{found[rate]:.1f}" if rate in found else "" for rate in (5e-4, 2e-3)]
-        lines.append([f"{method} at {lr}", f"{float(f1):.1f}", *cells])
+        mask = f"{row['lender']} at {rate(row['lender_lr'])}"
+        cells = runs.setdefault(mask, {"own": f"{float(row['lender_F1']):.1f}"})
+        cells[rate(row["lr"])] = f"{float(row['F1']):.1f}"
+    lines = [[mask, cells["own"], cells["5e-4"], cells["2e-3"]] for mask, cells in runs.items()]
     return markdown(["mask of", "its own run", "trained at 5e-4", "trained at 2e-3"], lines)
 
 
