@@ -224,10 +224,11 @@ def close_gap(scores, v):
 # </method>
 
 # <method: hyper-parameters>
-# Under paper, all values of squad, mnli and qqp except ascent are the authors', from their run
-# sheet and scripts; where one comes from MINI the two are equal. (In the authors' L0 runs t_i and
-# t_f have no effect, as lambda is constant there; here they shape v.) Those of the other tasks, and
+# Under paper, all values of squad, mnli and qqp are the authors', from their run sheet and scripts,
+# unless marked as ours; where one comes from MINI the two are equal. Those of the other tasks, and
 # of mini, are ours. "*" holds for all tasks; a task's own values override it.
+# In the authors' L0 runs t_i and t_f have no effect, as lambda is constant there; here they shape
+# v.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
@@ -237,7 +238,7 @@ MINI = dict(
     lr_end=0.0,                     # the fraction of its peak that is left after the last step
     clip=1.0,                       # the norm to which all gradients together are clipped
     t_i=0.05, t_f=0.3,              # fractions of the steps: before v falls, and after its fall
-    # score_lr: peak learning rate of the scores; ascent: the step sizes of mu1 and mu2
+    # score_lr: peak learning rate of the scores; ascent, ours: the step sizes of mu1 and mu2
     score_lr=1e-1, ascent=[2.0, 60.0]
 )
 PAPER = MINI | dict(

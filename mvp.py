@@ -224,9 +224,9 @@ class Masked(nn.Module):
 # </method>
 
 # <method: hyper-parameters>
-# Under paper, all values of squad, mnli and qqp are the authors', from their run sheet and scripts;
-# where one comes from MINI the two are equal. Those of the other tasks, and of mini, are ours. "*"
-# holds for all tasks; a task's own values override it.
+# Under paper, all values of squad, mnli and qqp are the authors', from their run sheet and scripts,
+# unless marked as ours; where one comes from MINI the two are equal. Those of the other tasks, and
+# of mini, are ours. "*" holds for all tasks; a task's own values override it.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
@@ -254,7 +254,7 @@ HYPER = {
         "squad": dict(epochs=10, batch_size=16, length=384,
                       warmup=0.1, t_i=0.1, t_f=0.2),
         "mnli": dict(warmup=0.16, t_i=0.16, t_f=0.16),
-        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1, t_i=0.2, t_f=0.3)  # 3e-6: the paper's, no slip
+        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1, t_i=0.2, t_f=0.3)  # 3e-6, as in their runs
     }
 }
 # </method>

@@ -261,9 +261,9 @@ def sigmoid_penalty(scores):
 # </method>
 
 # <method: hyper-parameters>
-# Under paper, all values of squad, mnli and qqp except lambda_f are the authors', from their run
-# sheet and scripts; where one comes from MINI the two are equal. Those of the other tasks, and of
-# mini, are ours. "*" holds for all tasks; a task's own values override it.
+# Under paper, all values of squad, mnli and qqp are the authors', from their run sheet and scripts,
+# unless marked as ours; where one comes from MINI the two are equal. Those of the other tasks, and
+# of mini, are ours. "*" holds for all tasks; a task's own values override it.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
@@ -292,7 +292,7 @@ HYPER = {
         "squad": dict(epochs=10, batch_size=16, length=384,
                       warmup=0.1, t_i=0.1, t_f=0.2),
         "mnli": dict(warmup=0.16, t_i=0.16, t_f=0.16),
-        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1, t_i=0.2, t_f=0.3)  # 3e-6: the paper's, no slip
+        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1, t_i=0.2, t_f=0.3)  # 3e-6, as in their runs
     }
 }
 # </method>
