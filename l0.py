@@ -227,8 +227,7 @@ def close_gap(scores, v):
 # Under paper, all values of squad, mnli and qqp are the authors', from their run sheet and scripts,
 # unless marked as ours; where one comes from MINI the two are equal. Those of the other tasks, and
 # of mini, are ours. "*" holds for all tasks; a task's own values override it.
-# In the authors' L0 runs t_i and t_f have no effect, as lambda is constant there; here they shape
-# v.
+# In the authors' L0 runs t_i and t_f do nothing, as lambda is constant there; here they shape v.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
