@@ -1,7 +1,7 @@
 """Drives the runs behind the tables, and writes what they measured to results/NAME.tsv.
 
     python results/grid.py mini --jobs 2                       the data in mini/: squad, mnli, qqp
-    python results/grid.py mini_lr --jobs 2                    its questions, at higher rates
+    python results/grid.py mini_lr --jobs 2                    the same, at higher rates
     python results/grid.py sst2_10000 --model DIR --data DIR   SST-2, three layers, 10,000 steps
     python results/grid.py squad11 --model DIR --data DIR      SQuAD 1.1, a small real BERT
     python results/grid.py sst2_3000 --model DIR --data DIR --corpus FILE      SST-2, 3,000 steps
@@ -87,7 +87,9 @@ GRIDS = {
         ("squad", 0.03, 1, HIGHER["1e-3"]),
         ("squad", 0.03, 3, HIGHER["2e-3"]),
         ("squad", 0.03, 1, HIGHER["4e-3"] + TAKEN_APART),
-        ("squad", 1, 1, ["magnitude_1e-3", "magnitude_2e-3", "magnitude_4e-3"]),
+        ("squad", 1, 1, ["magnitude_1e-3", "magnitude_4e-3"]),
+        ("squad", 1, 3, ["magnitude_2e-3"]),
+        ("squad", 0.1, 3, HIGHER["2e-3"]),
     ],
     "sst2_3000": [
         ("sst2", 1, 1, ["dense_3e-5", "dense_1e-4"]),
@@ -149,6 +151,7 @@ GRIDS = {
 }
 for task in ("mnli", "qqp"):
     GRIDS["mini"] += [(task, 1, 1, DENSE), (task, 0.03, 1, METHODS), (task, 0.4, 1, RPP)]
+    GRIDS["mini_lr"] += [(task, 1, 1, ["magnitude_2e-3"]), (task, 0.03, 1, HIGHER["2e-3"])]
 for v in (0.1, 0.3, 0.2, 0.05, 0.15, 0.03):
     GRIDS["sst2_3000"] += [("cola", v, 1, RPP), ("sst2", v, 3, BEFORE_MVP + RPP)]
 for task in ("sst2", "squad"):
