@@ -6,10 +6,10 @@ huggingface/transformers-research-projects, movement-pruning, at fccd0cdab0.
 
 We would like to minimise the number of weights that are not 0, but a count has no gradient. So each
 weight is multiplied by a random gate z. A learned score S, the paper's log alpha, sets the
-probability that the gate is open (z > 0). This probability has a gradient, and is penalised: while
-too much is kept, the penalty pushes all scores down (while too little is, up). Where dL/dW' * W is
-negative, more of W would lower the loss, and the loss's gradient pushes S up. Weights stay where
-this push outweighs the penalty.
+probability that the gate is open (z > 0). This probability has a gradient, and is penalised: the
+penalty pushes all scores down (or up, once far too little is kept). Where dL/dW' * W is negative,
+more of W would lower the loss, and the loss's gradient pushes S up. Weights stay where this push
+outweighs the penalty.
 
     q  = sigmoid((y + S) / beta)             y: logistic noise, drawn anew at each step
     z  = clamp(q (zeta - gamma) + gamma, 0, 1)      q stretched to (gamma, zeta), then cut
@@ -20,12 +20,12 @@ this push outweighs the penalty.
     gradient of W: dL/dW' * z    gradient of S: dL/dW' * W * dz/dS, plus the penalty's
 
     W, L         as in magnitude.py: a weight matrix (out, in), and the loss
-    S            scores, (out, in), at the start 2.197 = logit(0.9), where P = 0.98: nearly all open
+    S            scores, (out, in), 2.197 at the start: q without noise is 0.9 there, and P is 0.98
     beta         temperature, 2/3: the smaller it is, the more draws of z are exactly 0 or 1
     gamma, zeta  -0.1 and 1.1
     v            fraction to keep at this step: falls from 1 to --sparsity, the fraction KEPT in the
                  end, by schedule()
-    share        fraction of all prunable weights whose gate is open without noise
+    share        fraction of all prunable weights whose gate is open without noise (S > -2.398)
     h            share / v - 1, how far share is above v, relative to v (`excess` in the code). A
                  count has no gradient, so the backward pass uses the gradient of E / v
     mu1, mu2     what h and h^2 weigh, 0 at the start. After each step mu1 += 2 h, mu2 += 60 h^2
@@ -33,21 +33,21 @@ this push outweighs the penalty.
 Why noise? A gate that is shut passes no gradient of the loss. With noise it opens now and then, so
 its weight can come back. Counting and saving use neither noise nor beta: there q = sigmoid(S), and
 the gate is open where S exceeds log(-gamma / zeta) = -2.398. What is saved is W * z with this z.
-Why without beta? We only follow both official codes. With q = sigmoid(S / beta) the threshold would
-be -1.6, where P is 0.5. At -2.398 P is 0.31: share also counts gates that are shut in most draws.
-So E is not the expectation of share. E takes the probability P, and share takes 0 or 1, at this
-lower threshold; and in E a small matrix weighs as much as a large one.
+Why without beta? Only because both official codes do so. With q = sigmoid(S / beta) the threshold
+would be -1.6, where P is 0.5. At -2.398 P is 0.31: share also counts gates that are shut in most
+draws. So share differs from E in three ways: it takes 0 or 1 instead of P, its threshold is lower,
+and in it each weight counts the same, in E each matrix.
 
 Sanh et al. minimise L + lambda E with a constant lambda, and keep the weights whose gates are open
 at the end, however many these are. `--penalty LAMBDA` does that; v then plays no part. (In their
 runs on SQuAD, without a teacher, a LAMBDA of 175 kept 9.8 %, and 600 kept 2.9 %.) By default you
 choose the fraction kept, and two multipliers steer share to v, as in the augmented Lagrangian of
 Wang, Wohlwend and Lei 2020, arXiv 1910.04732. mu1 grows while share is above v and falls while it
-is below. mu2 h^2 presses harder the larger the gap is; together they push a score with
-(mu1 + 2 mu2 h) / v times the gradient of E. Three things are not from that paper: v falls by
-magnitude.py's cubic, h is relative to v, and the step sizes are 2 and 60. They are so large because
-E's gradient in one of N scores is below 1 / N: it has to hold its own against the loss's gradient
-in that score, and against Adam's eps.
+is below. mu2 h^2 presses harder the larger the gap is; together they push a score with (mu1 + 2 mu2
+h) / v times the gradient of E. Three things are not from that paper: v falls by magnitude.py's
+cubic, h is relative to v, and the step sizes are 2 and 60. The step sizes are so large because E's
+gradient in one of N scores is below 1 / N: times the multipliers, it has to hold its own against
+the loss's gradient in that score, and against Adam's eps.
 
 Unlike in mvp.py, the gate is random and takes any value from 0 to 1, the threshold is fixed, and no
 matrix has a count of its own: any may lose all its weights. Louizos et al. have one gate per input
@@ -56,7 +56,7 @@ none of this, nor does this file.
 
 A run needs enough steps for the scores to fall. On mini, at a goal of 3 %, a run of 100 steps ended
 with 72 % of the gates still open, one of 300 steps with 2.95 %. At the end close_gap switches gates
-until the goal is met: after 100 steps it shuts gates that are wide open, and the run says so.
+until the goal is met: in the run of 100 steps it shuts gates that are wide open, and says so.
 
     python l0.py --task squad --sparsity 0.03
 
@@ -117,13 +117,13 @@ def kth_largest(x, k):
     n = len(x)
     if x.device.type == "cpu":                          # faster than torch's own kthvalue
         return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
-    if k > n // 2:                                      # counted from below it is a shorter topk
+    if k > n // 2:                                      # topk from below has fewer to find
         return x.topk(n - k + 1, largest=False, sorted=False).values.max()
     return x.topk(k, sorted=False).values.min()
 
 
-# As in mvp.py. (Official: binarizer.py, lines 95-103. Neither official L0 code ranks: only our
-# close_gap does.)
+# As in mvp.py, where it is official (binarizer.py, lines 95-103). Neither official L0 code ranks:
+# here close_gap alone does.
 def top_v(scores, v):
     """Top_v: True for the highest round(v n) of the n scores, but always for at least one.
 
@@ -169,7 +169,7 @@ def gate(scores, noise=None):
 # How likely is z > 0? z > 0 means q > x, with x = -gamma / (zeta - gamma). Undo the sigmoid on
 # both sides: (y + S) / beta > log(x / (1 - x)) = log(-gamma / zeta). So y must exceed
 # c = beta log(-gamma / zeta) - S. It does so with probability sigmoid(-c), if we ignore that u
-# stops short of 0 and 1. Hence P(z > 0) = sigmoid(S - beta log(-gamma / zeta)).
+# stops short of 0 and 1. Hence P(z > 0) = sigmoid(S - BETA * THRESHOLD).
 # Official: masked_run_squad.py, lines 95-106 and 323-324.
 def expected_l0(scores):
     """E: P(z > 0) averaged in each matrix, then over the matrices. scores: (out, in) each."""
@@ -188,7 +188,7 @@ class Gated(nn.Module):
         self.register_buffer("noise", torch.zeros_like(weight), persistent=False)   # (out, in)
 
     def forward(self, weight):
-        # No noise where no gradient is wanted: to count, and to save W * z. (If you add gradient
+        # No noise under no_grad: in common.count_kept, and to save W * z. (If you add gradient
         # checkpointing, set use_reentrant=False. Otherwise its first pass runs without gradients,
         # and so without noise.)
         return weight * gate(self.scores, self.noise if torch.is_grad_enabled() else None)
@@ -224,9 +224,9 @@ def close_gap(scores, v):
 # </method>
 
 # <method: hyper-parameters>
-# Under paper, all values of squad, mnli and qqp are the authors', from their run sheet and scripts,
-# unless marked as ours; where one comes from MINI the two are equal. Those of the other tasks, and
-# of mini, are ours. "*" holds for all tasks; a task's own values override it.
+# Under paper, all values of squad, mnli and qqp, those taken over from MINI too, are the authors',
+# from their run sheet and scripts, unless a comment says that they are ours. Those of the other
+# tasks, and of mini, are ours. "*" holds for all tasks; a task's own values override it.
 # In the authors' L0 runs t_i and t_f do nothing, as lambda is constant there; here they shape v.
 MINI = dict(
     model=str(common.MINI / "bert"),
@@ -357,7 +357,7 @@ def main(args):
     if args.resume:
         if not begun or (out / "result.json").exists():
             raise SystemExit(f"--resume: {out} holds no unfinished run: give the --out of one")
-        before = json.loads(begun)["args"]
+        before = json.loads(begun)["args"]              # --out and --resume may differ
         differ = sorted(name for name in settings if before.get(name) != settings[name])
         if differ:
             raise SystemExit(f"{out} was begun with another {', '.join(differ)}: repeat its flags")
@@ -414,15 +414,15 @@ def main(args):
         print(f"the teacher alone: {data.evaluate(teacher)[0]}")
     print(f"{len(data.train)} training examples, {data.n_dev} to evaluate | "
           f"{args.steps} steps of {args.batch_size} | lr {args.lr:g} | {args.model}")
-    layers = common.prunable(model)                     # {name: Linear}, six matrices a layer
+    layers = common.prunable(model)                     # {name: Linear}, six in each BERT layer
     groups = [{"params": list(model.parameters()), "lr": args.lr, "initial_lr": args.lr}]
-    state = {}                                          # what the method keeps in a checkpoint
+    state = {}                                          # what else a checkpoint has to keep
 
     # <method: setup>
     if not layers:
         raise SystemExit("the model has no matrix to prune: give another --model")
-    # From here on each read of layer.weight calls Gated.forward: the layer computes with W * z.
-    # `groups` holds W already and gets the scores below, so each parameter is in one group.
+    # Once registered, each read of layer.weight calls Gated.forward: it computes with W * z.
+    # W itself stays the parameter that is in `groups` already. The scores are added below.
     gated = [Gated(layer.weight) for layer in layers.values()]
     for layer, m in zip(layers.values(), gated):
         parametrize.register_parametrization(layer, "weight", m)
@@ -479,14 +479,14 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        # The slots set v, the fraction to keep now (the log's "goal"), and penalty, added to the
-        # loss; one outside the loop sets goal, the fraction to keep in the end. v, goal: or None.
+        # The slots set v, the fraction to keep now (logged as "goal"), and penalty, added to the
+        # loss; outside the loop one sets goal, the fraction to keep in the end. None: no goal.
         # <method: before forward>
         # Noise before the forward pass: this step's loss is that of one draw of gates. The draw
-        # depends on (seed, step) alone, so it is the same in all processes and in a resumed run.
-        # 2^32 gives it another seed than dropout's. (Not on a CPU, whose generator reads only the
-        # lower 32 bits: with one process, noise and dropout start there from the same random
-        # numbers. We know of no harm from that. To change it would change the measured results.)
+        # depends on (seed, step) alone, so it is the same in all processes and in a resumed run. On
+        # a GPU 2^32 gives it another seed than dropout's. (A CPU's generator reads only the lower
+        # 32 bits: with one process, noise and dropout start there from the same random numbers. We
+        # know of no harm from that. To change it would change the measured results.)
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
         generator.manual_seed(2**32 + args.seed * 1_000_003 + step)
         for m in gated:
@@ -502,7 +502,7 @@ def main(args):
         expected = expected_l0(scores)                  # E
         if args.penalty is not None:
             penalty = args.penalty * expected           # E itself: no estimate is needed
-            v = None                                    # an outcome, not a goal
+            v = None                                    # what is kept is no goal now
         else:
             # A straight-through estimate: the forward pass uses a count, and the backward pass uses
             # the gradient of E. (Adding E and subtracting E.detach() leaves the value as it
@@ -573,7 +573,7 @@ def main(args):
     if world > 1:
         torch.distributed.destroy_process_group()
     if rank > 0:
-        os._exit(0)                 # a plain return frees DDP, and torch can stand still in that
+        os._exit(0)                 # a plain return frees DDP, and torch can hang there
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     model = type(model).from_pretrained(out).to(device)

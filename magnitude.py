@@ -33,15 +33,15 @@ gives it more. A higher --lr helps as well; it also trains the kept weights bett
 SST-2 (a BERT of three layers, 10,000 steps, 10 % kept) the accuracy was 78.5 % at 3e-5 and 84.8 %
 at 2e-4, means of three seeds. (Nothing pruned: 86.7 % at 3e-5, and 87.8 % at 2e-4 in one seed.) Of
 the weights kept at the end, 94.5 and 83.8 % had been among the largest 10 % before fine-tuning
-(seed 0). On mini (see below) with 3 % kept F1 is about 26 at the preset's 5e-4, which suits the
-model without pruning, 79 at 2e-3, and 22 at 4e-3, which is too much. The paper preset stays at the
-papers' low rates. (results/README.md; results/why/README.md)
+(seed 0). On mini (see below) with 3 % kept F1 is about 26 at 5e-4, 79 at 2e-3, and 22 at 4e-3,
+which is too much. (5e-4, the preset's rate, suits the model without pruning.) The paper preset
+stays at the papers' low rates. (results/README.md; results/why/README.md)
 
 --sparsity is elsewhere often the fraction pruned; here 0.03 keeps 3 %. --sparsity 1 masks nothing:
 this dense run is the baseline, and its folder can be the --teacher of another run.
---scope global ranks the weights of all matrices together. The official code counts biases and
-LayerNorm as kept weights, so its 3.14 % is our 3.00 %. Sanh et al. write that masked weights keep
-learning; in their code, which we follow, they do not.
+--scope global ranks the weights of all matrices together. The official code also counts biases and
+LayerNorm, as kept: our 3.00 % is 3.14 % there. Sanh et al. write that masked weights keep learning;
+in their code, which we follow, they do not.
 
     python magnitude.py --task squad --sparsity 0.1
 
@@ -100,7 +100,7 @@ def kth_largest(x, k):
     n = len(x)
     if x.device.type == "cpu":                          # faster than torch's own kthvalue
         return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
-    if k > n // 2:                                      # counted from below it is a shorter topk
+    if k > n // 2:                                      # topk from below has fewer to find
         return x.topk(n - k + 1, largest=False, sorted=False).values.max()
     return x.topk(k, sorted=False).values.min()
 
@@ -154,10 +154,10 @@ def update_masks(masked, scores, v, scope="local"):
         ranked = torch.cat([s.flatten() for s in scores])               # (N,)
         # `ranked` is a copy. In it the best scores of each matrix, its least share (or v, if
         # smaller), become infinite, so that they rank first. If v is 0.5 % or less, hardly anything
-        # else is kept. Each matrix rounds its own count, so there can be a few more infinite scores
-        # than round(v N) (mini, v = 0.5 %: 3936, not 3932). All are equal, so top_v keeps the first
-        # ones, and the last matrices lose a few. (Where each keeps one or two, the last are
-        # emptied.)
+        # else is kept. Each matrix rounds its own count, to one at least, so there can be a few
+        # more infinite scores than round(v N) (mini, v = 0.5 %: 3936, not 3932). All are equal, so
+        # top_v keeps the first ones, and the last matrices lose a few (or all, if they had only
+        # one).
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)
@@ -186,9 +186,9 @@ def magnitudes(layers):
 # </method>
 
 # <method: hyper-parameters>
-# Under paper, all values of squad, mnli and qqp are the authors', from their run sheet and scripts,
-# unless marked as ours; where one comes from MINI the two are equal. Those of the other tasks, and
-# of mini, are ours. "*" holds for all tasks; a task's own values override it.
+# Under paper, all values of squad, mnli and qqp, those taken over from MINI too, are the authors',
+# from their run sheet and scripts, unless a comment says that they are ours. Those of the other
+# tasks, and of mini, are ours. "*" holds for all tasks; a task's own values override it.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
@@ -215,7 +215,7 @@ HYPER = {
         "squad": dict(epochs=10, batch_size=16, length=384,
                       warmup=0.1, t_i=0.1, t_f=0.2),
         "mnli": dict(warmup=0.16, t_i=0.16, t_f=0.16),
-        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1, t_i=0.2, t_f=0.3)  # 3e-6, as in their runs
+        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1, t_i=0.2, t_f=0.3)  # 3e-6: no slip
     }
 }
 # </method>
@@ -314,7 +314,7 @@ def main(args):
     if args.resume:
         if not begun or (out / "result.json").exists():
             raise SystemExit(f"--resume: {out} holds no unfinished run: give the --out of one")
-        before = json.loads(begun)["args"]
+        before = json.loads(begun)["args"]              # --out and --resume may differ
         differ = sorted(name for name in settings if before.get(name) != settings[name])
         if differ:
             raise SystemExit(f"{out} was begun with another {', '.join(differ)}: repeat its flags")
@@ -369,16 +369,16 @@ def main(args):
         print(f"the teacher alone: {data.evaluate(teacher)[0]}")
     print(f"{len(data.train)} training examples, {data.n_dev} to evaluate | "
           f"{args.steps} steps of {args.batch_size} | lr {args.lr:g} | {args.model}")
-    layers = common.prunable(model)                     # {name: Linear}, six matrices a layer
+    layers = common.prunable(model)                     # {name: Linear}, six in each BERT layer
     groups = [{"params": list(model.parameters()), "lr": args.lr, "initial_lr": args.lr}]
-    state = {}                                          # what the method keeps in a checkpoint
+    state = {}                                          # what else a checkpoint has to keep
 
     # <method: setup>
     if not layers:
         raise SystemExit("the model has no matrix to prune: give another --model")
     if args.sparsity == 1:
         layers = {}                                     # dense: nothing is masked
-    # From here on each read of layer.weight calls Masked.forward: the layer computes with W * M.
+    # Once registered, each read of layer.weight calls Masked.forward: it computes with W * M.
     # W itself stays a parameter of the model, and is still the one in `groups`.
     masked = [Masked(layer.weight) for layer in layers.values()]
     for layer, m in zip(layers.values(), masked):
@@ -423,8 +423,8 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        # The slots set v, the fraction to keep now (the log's "goal"), and penalty, added to the
-        # loss; one outside the loop sets goal, the fraction to keep in the end. v, goal: or None.
+        # The slots set v, the fraction to keep now (logged as "goal"), and penalty, added to the
+        # loss; outside the loop one sets goal, the fraction to keep in the end. None: no goal.
         # <method: before forward>
         # Masks first, so that this step's loss and gradients are those of the pruned network.
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
@@ -484,7 +484,7 @@ def main(args):
     if world > 1:
         torch.distributed.destroy_process_group()
     if rank > 0:
-        os._exit(0)                 # a plain return frees DDP, and torch can stand still in that
+        os._exit(0)                 # a plain return frees DDP, and torch can hang there
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     model = type(model).from_pretrained(out).to(device)

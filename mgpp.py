@@ -6,11 +6,11 @@ at b3700cc02f, pruners/MWA.py, class MWA.
 Before training we assume that most weights are close to 0 and some are not. We write this
 assumption, the prior, as a weighted sum of two normal densities centred on 0: a narrow spike and a
 wide slab. Training looks for the most probable weights, given the data and the prior. So a weight
-inside the spike, where the spike's term of the sum is the larger one, is pulled strongly towards 0,
-and a larger weight barely at all. At intervals the weights of smallest |w|, ranked over all
-matrices together, are set to 0, more of them each time. (The spike is so narrow that before
-training hardly one weight in a thousand lies in it: the zeroings bring them there.) The hope: the
-spike holds these weights near 0 and the slab leaves the others free, so little is lost.
+inside the spike, that is, so small that the spike's term of the sum is the larger one, is pulled
+strongly towards 0, and a larger weight barely at all. At intervals the weights of smallest |w|,
+ranked over all matrices together, are set to 0, more of them each time. (The spike is so narrow
+that before training hardly one weight in a thousand lies in it: zeroing puts weights there.) The
+hope: the spike holds these weights near 0 and the slab leaves the others free, so little is lost.
 
     pi(w)    = lam p(w; s1) + (1 - lam) p(w; s0)      p(w; s): normal density at w, variance s
     g(w)     = (1 - lam) p(w; s0) / pi(w)             the spike's share of the density at w
@@ -26,7 +26,7 @@ spike holds these weights near 0 and the slab leaves the others free, so little 
                  0.3 in the mini preset
     lam          the slab's share of the prior (not of the weights kept): 0.1 until t_i T, then
                  linearly down to 1e-4 at T - t_f T, as in the author's code. This changes little:
-                 on mini the spike's end moves from 5e-5 to 6e-5. --mix fixes lam; --mix 1 is plain
+                 on mini the spike's edge goes from 5e-5 to 6e-5. --mix fixes lam; --mix 1 is plain
                  L2
     s0, s1       variances of spike and slab: --spike and --slab, 1e-10 and 0.05 on mini (standard
                  deviations of 1e-5 and 0.22)
@@ -37,28 +37,28 @@ spike holds these weights near 0 and the slab leaves the others free, so little 
 The first zeroing comes after t_i T steps, the last after T - t_f T steps. In between there is one
 whenever t is a multiple of --interval. A zeroed weight is not masked: the next step moves it off 0
 again, and the next zeroing removes it again unless it has grown enough by then. The pull can keep
-it in the spike only if AdamW's steps are shorter than the way from 0 to the spike's end. On mini
-that way is 5e-5, and lr, the length of a usual step, 5e-4 at its peak. (Under the paper preset lr
-is about as long as the way with --spike 1e-10, and a third of it with 1e-9.) After the last zeroing
-the gradient is dL/dw alone, and the zeros are put back after each step. (With the paper's t_f of 0
-the run ends there.)
+it in the spike only if AdamW's steps are shorter than the distance from 0 to the spike's edge. On
+mini that distance is 5e-5, and lr, the length of a usual step, 5e-4 at its peak. (Under the paper
+preset lr is about that distance with --spike 1e-10, and a third of it with 1e-9.) After the last
+zeroing the gradient is dL/dw alone, and the zeros are put back after each step. (With the paper's
+t_f of 0 the run ends there.)
 
 Does the spike help? Not in our runs. On mini's squad (the made-up questions in mini/) with 10 %
-kept, F1 is 81.6 (82, 79, 83) with the spike and 87.0 (87, 87, 88) with --mix 1, plain L2; three
-seeds each, on one machine. With 3 % kept, and on the real SST-2 (one seed), we saw no clear
-difference. On mini the spike hardly holds weights in the first half of the run that we looked into,
-since a step is longer than the spike is wide. Instead it throws some out: between two zeroings up
-to 1 % of all weights move by more than ten lr. A weight that ends a step inside the spike, and not
-at 0, gets one huge gradient. AdamW answers with a step of one to two lr, past 0, and momentum
-carries the weight on, in all about ten times as far. Towards the end the spike does hold weights:
-steps get short, as lr falls and as AdamW's second moment still remembers the huge gradients. Which
-of these costs the five points, if any, we have not tested.
+kept and lr 5e-4, F1 is 81.6 (82, 79, 83) with the spike and 87.0 (87, 87, 88) with --mix 1, plain
+L2; three seeds each, on one machine. With 3 % kept, and on the real SST-2 (one seed), we saw no
+clear difference. In the mini run that we looked into, the spike hardly holds weights in the first
+half, since a step is longer than the spike is wide. Instead it throws some out: between two
+zeroings up to 1 % of all weights move by more than ten lr. A weight that ends a step inside the
+spike, and not at 0, gets one huge gradient. AdamW answers with a step of one to two lr, past 0, and
+momentum carries the weight on, about ten times as far in all. Towards the end the spike does hold
+weights: steps get short, as lr falls and as AdamW's second moment still remembers the huge
+gradients. Which of these costs the five points, if any, we have not tested.
 
 What does help is the slab, weak as its pull is. On mini with 3 % kept and --lr 2e-3, seed 0, F1 is
-93.1 with spike and slab, 92.5 with the slab alone, and 78.6 without a prior (--mix 1 --slab 1e9).
-At mini's own 5e-4 all three are lower. Our reading: AdamW divides each step by the recent size of
-the gradients, so the pull shrinks those weights most that the loss hardly feels.
-(results/why/README.md)
+93.1 with spike and slab, 92.5 with the slab alone (--mix 1), and 78.6 without a prior (--mix 1
+--slab 1e9). At 5e-4, mini's own rate, all three are lower, in the same order. Our reading: AdamW
+divides each step by the recent size of the gradients, so the pull shrinks those weights most that
+the loss hardly feels. (results/why/README.md)
 
 Unlike magnitude.py: zeros are written into the weights, which go on learning; all matrices are
 always ranked together, a matrix may lose all its weights, and no gradient is clipped. Unlike the
@@ -70,8 +70,8 @@ binarizer.py: these belong to movement pruning's code (see magnitude.py).
     python mgpp.py --task squad --sparsity 0.1
 
 Without CUDA, this runs on the made-up data in mini/, where the F1 of a model without pruning is 99
-and that of a guesser 13.5. The last line begins (on another machine than the means above, where the
-same seed has 82: processors round differently):
+and that of a guesser 13.5. The last line begins (not on the machine of the means above, where seed
+0 has 82: processors round differently):
 
     RESULT mgpp squad keeps 10.00% (prunes 90.00%) EM 76.8 F1 78.1 | 1000 steps ..
 """
@@ -158,14 +158,15 @@ def mixing_weight(step, steps, t_i, t_f):
 #     c1 = log(lam / (1 - lam)) + log(s0 / s1) / 2      c2 = 1 / (2 s0) - 1 / (2 s1)
 # Alone, each density would pull with w / (its variance). Mix the two in the shares g and 1 - g:
 #     pull = w (g / s0 + (1 - g) / s1) = w (1 / s1 + g (1 / s0 - 1 / s1))
-# The spike ends where the two terms of pi are equal. With s0 = 1e-10 and s1 = 0.05 that is at
+# The spike's edge is where the two terms of pi are equal. With s0 = 1e-10 and s1 = 0.05 that is at
 # |w| = 4.9e-5 for lam = 0.1, and at 6.2e-5 for lam = 1e-4. Well inside, the pull is w / 1e-10. Near
-# the edge it reaches hundreds of thousands. From 1e-4 on it is w / 0.05.
+# the edge it reaches hundreds of thousands (the gradient gets this divided by n). From 1e-4 on it
+# is w / 0.05.
 # Official: MWA.py, lines 128-145.
 def prior_gradient(w, lam, s0, s1):
-    """pull(w) = -d log pi / dw for the prior lam N(0, s1) + (1 - lam) N(0, s0), 0 < lam <= 1.
+    """pull(w) = -d log pi / dw for pi(w) = lam p(w; s1) + (1 - lam) p(w; s0), 0 < lam <= 1.
 
-    w: any shape, the result has the same. s0 and s1 are variances.
+    p: the normal density with mean 0; s0, s1: its variances. w: any shape, the result has the same.
     """
     if lam == 1:
         return w / s1                                   # no spike, plain L2; c1 would be infinite
@@ -182,7 +183,7 @@ def kth_largest(x, k):
     n = len(x)
     if x.device.type == "cpu":                          # faster than torch's own kthvalue
         return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
-    if k > n // 2:                                      # counted from below it is a shorter topk
+    if k > n // 2:                                      # topk from below has fewer to find
         return x.topk(n - k + 1, largest=False, sorted=False).values.max()
     return x.topk(k, sorted=False).values.min()
 
@@ -361,7 +362,7 @@ def main(args):
     if args.resume:
         if not begun or (out / "result.json").exists():
             raise SystemExit(f"--resume: {out} holds no unfinished run: give the --out of one")
-        before = json.loads(begun)["args"]
+        before = json.loads(begun)["args"]              # --out and --resume may differ
         differ = sorted(name for name in settings if before.get(name) != settings[name])
         if differ:
             raise SystemExit(f"{out} was begun with another {', '.join(differ)}: repeat its flags")
@@ -418,9 +419,9 @@ def main(args):
         print(f"the teacher alone: {data.evaluate(teacher)[0]}")
     print(f"{len(data.train)} training examples, {data.n_dev} to evaluate | "
           f"{args.steps} steps of {args.batch_size} | lr {args.lr:g} | {args.model}")
-    layers = common.prunable(model)                     # {name: Linear}, six matrices a layer
+    layers = common.prunable(model)                     # {name: Linear}, six in each BERT layer
     groups = [{"params": list(model.parameters()), "lr": args.lr, "initial_lr": args.lr}]
-    state = {}                                          # what the method keeps in a checkpoint
+    state = {}                                          # what else a checkpoint has to keep
 
     # <method: setup>
     if not layers:
@@ -469,14 +470,14 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        # The slots set v, the fraction to keep now (the log's "goal"), and penalty, added to the
-        # loss; one outside the loop sets goal, the fraction to keep in the end. v, goal: or None.
+        # The slots set v, the fraction to keep now (logged as "goal"), and penalty, added to the
+        # loss; outside the loop one sets goal, the fraction to keep in the end. None: no goal.
         # <method: before forward>
         # Only decided here, for the slots below; the zeroing comes after the optimizer's step.
         t = step + 1                                        # steps done by then
         pulls = t <= end                                    # up to the last zeroing
         due = t in (begin, end) or (begin < t < end and t % args.interval == 0)
-        v = None        # no zeroing after this step (a log line shows nearly all kept: zeros move)
+        v = None            # no zeroing after this step; the zeros of the last one have moved
         if due or not pulls:                                # not pulls: only for the log
             v = fraction_left(t, args.steps, args.sparsity, args.t_i, args.t_f, args.v_i)
         # </method>
@@ -495,8 +496,9 @@ def main(args):
         # The pull joins dL/dW before the optimizer, so it enters AdamW's moments together with the
         # loss's gradient. (AdamW's own weight decay would bypass them.) Adding the penalty
         # -(sum of log pi(w)) / n to the loss would do the same; adding its gradient is shorter.
-        # The pull ends with the last zeroing. Nothing is clipped (clip is 1e30): the pull is large,
-        # and clipping would shrink the loss's gradient together with it.
+        # The pull ends with the last zeroing (ours; in the paper that is the end of the run).
+        # Nothing is clipped (clip is 1e30): the pull is large, and clipping would shrink the loss's
+        # gradient together with it.
         if pulls:
             # `step`, not t: the pull acts on the weights as `step` steps have left them
             lam = args.mix or mixing_weight(step, args.steps, args.t_i, args.t_f)
@@ -551,7 +553,7 @@ def main(args):
     if world > 1:
         torch.distributed.destroy_process_group()
     if rank > 0:
-        os._exit(0)                 # a plain return frees DDP, and torch can stand still in that
+        os._exit(0)                 # a plain return frees DDP, and torch can hang there
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     model = type(model).from_pretrained(out).to(device)

@@ -16,7 +16,7 @@ are ranked together.)
 
     W, v, L      as in magnitude.py: a weight matrix (out, in); the fraction kept, which falls from
                  1 to --sparsity (also a fraction KEPT) while the model is fine-tuned; the loss
-    S            the scores of its weights, (out, in), 0 at the start, learned at --score_lr
+    S            the scores of W's weights, (out, in), 0 at the start, learned at --score_lr
 
 Where dL/dW' * W is negative, a step of gradient descent moves a kept W away from 0, and raises S.
 Where it is positive, the step moves W towards 0, and lowers S. The belief behind it: a weight that
@@ -32,9 +32,9 @@ at values other than 0; this file cannot.
 The paper has movement ahead of magnitude where few weights are kept: with BERT-base on SQuAD F1
 81.7 against 78.5 with 10 % kept, and 76.3 against 54.5 with 3 %. But it can collapse, in short runs
 and in deep models: it ends at chance or not far above. On the real SST-2 (a BERT of three layers,
-10 % kept, one seed) a run of 1,000 steps at --lr 3e-5 ended at chance, with an accuracy of 50.9 %.
-Runs of 10,000 steps did not collapse. But they are ahead of magnitude.py only at the low rate, and
-no better than a bag of words, which needs no BERT (81.9 %):
+10 % kept, seed 0) a run of 1,000 steps at --lr 3e-5 ended at chance, with an accuracy of 50.9 %.
+Runs of 10,000 steps, of the same seed, did not collapse. But they are ahead of magnitude.py only at
+the low rate, and level with a bag of words, which needs no BERT and has 81.9 %:
 
     --lr     mvp.py     magnitude.py
     3e-5     81.3 %     78.4 %
@@ -42,10 +42,10 @@ no better than a bag of words, which needs no BERT (81.9 %):
 
 Our reading of why it collapses: scores tell how steadily the loss asks for a larger |W|, and hardly
 how much it needs W, because Adam divides the size out (see StraightThrough). So a large and useful
-W can be masked; in one step it drops to 0, while magnitude.py masks only the smallest of those that
-are left. Training must repair that before more weights are masked.
+W can be masked, a big loss in one step; magnitude.py masks only the smallest of those that are
+left. Training must repair that before more weights are masked.
 
-What helped: more --steps (with three layers; with six not even 20,000), a --model of fewer layers,
+What helped: more --steps (three layers; six collapsed at 20,000 too), a --model of fewer layers,
 and, in most runs, soft_mvp.py instead. To prune later may help as well: on mini's squad with 10 %
 kept, one seed of ten collapsed with --t_i 0.05 (pruning begins after 5 % of the steps), and none
 with 0.3. The measurements are in results/why/README.md. The paper preset was not run here.
@@ -107,7 +107,7 @@ def kth_largest(x, k):
     n = len(x)
     if x.device.type == "cpu":                          # faster than torch's own kthvalue
         return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
-    if k > n // 2:                                      # counted from below it is a shorter topk
+    if k > n // 2:                                      # topk from below has fewer to find
         return x.topk(n - k + 1, largest=False, sorted=False).values.max()
     return x.topk(k, sorted=False).values.min()
 
@@ -161,10 +161,10 @@ def update_masks(masked, scores, v, scope="local"):
         ranked = torch.cat([s.flatten() for s in scores])               # (N,)
         # `ranked` is a copy. In it the best scores of each matrix, its least share (or v, if
         # smaller), become infinite, so that they rank first. If v is 0.5 % or less, hardly anything
-        # else is kept. Each matrix rounds its own count, so there can be a few more infinite scores
-        # than round(v N) (mini, v = 0.5 %: 3936, not 3932). All are equal, so top_v keeps the first
-        # ones, and the last matrices lose a few. (Where each keeps one or two, the last are
-        # emptied.)
+        # else is kept. Each matrix rounds its own count, to one at least, so there can be a few
+        # more infinite scores than round(v N) (mini, v = 0.5 %: 3936, not 3932). All are equal, so
+        # top_v keeps the first ones, and the last matrices lose a few (or all, if they had only
+        # one).
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)
@@ -191,8 +191,8 @@ def update_masks(masked, scores, v, scope="local"):
 # asked for a larger |W| (of a masked W: how steadily it asked to switch W on). It hardly tells by
 # how much.
 #
-# The same in one line, without the class: W * (M + (S - S.detach())). S - S.detach() is 0, and its
-# slope in S is 1.
+# The same in one line: W * (M + (S - S.detach())). S - S.detach() is 0, and its slope in S is 1.
+# The class is longer, but shows the backward pass.
 # Official: binarizer.py, lines 69-108, and masked_nn.py, line 104. There the autograd function
 # returns only M, its backward pass hands the gradient of M on to S, and autograd differentiates
 # W * M. The result is the same.
@@ -200,7 +200,7 @@ class StraightThrough(torch.autograd.Function):
     """W' = W * M, with a backward pass that takes 1 for the slope of M in S."""
 
     @staticmethod
-    def forward(ctx, weight, scores, mask):             # scores: for backward alone
+    def forward(ctx, weight, scores, mask):             # scores: to get a gradient
         ctx.save_for_backward(weight, mask)
         return weight * mask
 
@@ -210,7 +210,7 @@ class StraightThrough(torch.autograd.Function):
         return grad * mask, grad * weight, None         # dL/dW, dL/dS, and none for M
 
 
-# The mask is not saved in checkpoints: it is made anew before each forward pass.
+# Scores are parameters, saved with the model. The mask is not: each forward pass has a new one.
 class Masked(nn.Module):
     """A parametrization: the layer computes with W' = W * M, and its scores learn through M."""
 
@@ -224,9 +224,9 @@ class Masked(nn.Module):
 # </method>
 
 # <method: hyper-parameters>
-# Under paper, all values of squad, mnli and qqp are the authors', from their run sheet and scripts,
-# unless marked as ours; where one comes from MINI the two are equal. Those of the other tasks, and
-# of mini, are ours. "*" holds for all tasks; a task's own values override it.
+# Under paper, all values of squad, mnli and qqp, those taken over from MINI too, are the authors',
+# from their run sheet and scripts, unless a comment says that they are ours. Those of the other
+# tasks, and of mini, are ours. "*" holds for all tasks; a task's own values override it.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
@@ -254,7 +254,7 @@ HYPER = {
         "squad": dict(epochs=10, batch_size=16, length=384,
                       warmup=0.1, t_i=0.1, t_f=0.2),
         "mnli": dict(warmup=0.16, t_i=0.16, t_f=0.16),
-        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1, t_i=0.2, t_f=0.3)  # 3e-6, as in their runs
+        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1, t_i=0.2, t_f=0.3)  # 3e-6: no slip
     }
 }
 # </method>
@@ -354,7 +354,7 @@ def main(args):
     if args.resume:
         if not begun or (out / "result.json").exists():
             raise SystemExit(f"--resume: {out} holds no unfinished run: give the --out of one")
-        before = json.loads(begun)["args"]
+        before = json.loads(begun)["args"]              # --out and --resume may differ
         differ = sorted(name for name in settings if before.get(name) != settings[name])
         if differ:
             raise SystemExit(f"{out} was begun with another {', '.join(differ)}: repeat its flags")
@@ -411,23 +411,23 @@ def main(args):
         print(f"the teacher alone: {data.evaluate(teacher)[0]}")
     print(f"{len(data.train)} training examples, {data.n_dev} to evaluate | "
           f"{args.steps} steps of {args.batch_size} | lr {args.lr:g} | {args.model}")
-    layers = common.prunable(model)                     # {name: Linear}, six matrices a layer
+    layers = common.prunable(model)                     # {name: Linear}, six in each BERT layer
     groups = [{"params": list(model.parameters()), "lr": args.lr, "initial_lr": args.lr}]
-    state = {}                                          # what the method keeps in a checkpoint
+    state = {}                                          # what else a checkpoint has to keep
 
     # <method: setup>
     if not layers:
         raise SystemExit("the model has no matrix to prune: give another --model")
-    # From here on each read of layer.weight calls Masked.forward: the layer computes with W * M.
-    # W itself stays the parameter that is in `groups` already. The scores are new: they are added.
+    # Once registered, each read of layer.weight calls Masked.forward: it computes with W * M.
+    # W itself stays the parameter that is in `groups` already. The scores are added below.
     masked = [Masked(layer.weight) for layer in layers.values()]
     for layer, m in zip(layers.values(), masked):
         parametrize.register_parametrization(layer, "weight", m)
     scores = [m.scores for m in masked]                 # S: (out, in) each
-    # Unlike in soft_mvp.py and l0.py, --score_lr does not change the masks (but for rounding):
-    # scores start at 0, and Adam's steps are proportional to the rate. So twice the rate gives
-    # twice the scores, in the same order, and masks and gradients depend on the order alone. It is
-    # a flag because the paper has it and the other two need it. Weight decay would make the scores
+    # --score_lr does not change the masks (but for rounding): scores start at 0, and Adam's steps
+    # are proportional to the rate. So twice the rate gives twice the scores, in the same order, and
+    # masks and gradients depend on the order alone. It is a flag because the paper has it, and
+    # soft_mvp.py and l0.py, where it matters, need it. Weight decay would make the scores
     # forget the early steps: keep it at 0 where you copy this slot.
     groups.append({"params": scores,
                    "lr": args.score_lr, "initial_lr": args.score_lr, "weight_decay": 0.0})
@@ -471,8 +471,8 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        # The slots set v, the fraction to keep now (the log's "goal"), and penalty, added to the
-        # loss; one outside the loop sets goal, the fraction to keep in the end. v, goal: or None.
+        # The slots set v, the fraction to keep now (logged as "goal"), and penalty, added to the
+        # loss; outside the loop one sets goal, the fraction to keep in the end. None: no goal.
         # <method: before forward>
         # Masks first, so that this step's loss and gradients are those of the pruned network.
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
@@ -532,7 +532,7 @@ def main(args):
     if world > 1:
         torch.distributed.destroy_process_group()
     if rank > 0:
-        os._exit(0)                 # a plain return frees DDP, and torch can stand still in that
+        os._exit(0)                 # a plain return frees DDP, and torch can hang there
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     model = type(model).from_pretrained(out).to(device)

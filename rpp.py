@@ -19,8 +19,9 @@ a weight that would cross 0 becomes 0:
     w_i = sign(a_i) max(|a_i| - lr gamma alpha_i, 0)
 
 If f0 needs a weight, Adam pushes it back in the next step, as far as an Adam step reaches; if not,
-it slides to 0. A single step picks by size, but in each step all weights shrink, and only those
-stay large that Adam pushes back. So the text has a say in what is kept.
+it slides to 0. Of weights that are pulled alike, one step removes the smallest. But every step
+shrinks them, and only those stay large that Adam pushes back. So the text has a say in what is
+kept.
 
 Why "reweighted"? Pruning is divided into --rounds rounds of equal length. In the first, each
 alpha_i is 1. When round k ends, alpha_i becomes 1 / (|w_i|^p + eps): from then on small weights are
@@ -30,8 +31,8 @@ contest goes on among the small ones.
     w            the N weights in the six matrices of each encoder layer, all layers together
     lr           pre-training's learning rate at this step
     gamma        how hard all weights are pulled. By default it is not constant: at each step the
-                 product lr gamma is set so that the fraction v remains. (So lr changes Adam's half
-                 of a step alone.) --gamma G fixes gamma instead, and v is not used. (We know of no
+                 product lr gamma is set so that the fraction v remains. (So lr changes only Adam's
+                 half of a step.) --gamma G fixes gamma instead, and v is not used. (We know of no
                  good G: try several, each ten times the one before)
     v            fraction kept: s + (1 - s) (1 - progress)^3. progress goes from 0 to 1 over the
                  rounds; s is --sparsity, the fraction KEPT
@@ -51,9 +52,8 @@ solve_gamma and --nip.)
 weights that are smallest, over all matrices together, in equal cuts ("stairs"), the last one where
 the rounds would end. In between nothing pulls on a weight. A removed weight stays 0. On mini's
 squad with 10 % kept and 2,000 steps of pre-training RPP has F1 65.2 (three seeds), NIP 30.7 (two).
-In another series RPP has 64.8, and 53.7 if p is always 1 (three seeds each; the highest p, 5, is
-set in HYPER). --sparsity 1 (without --gamma) is the control: it trains on the text and prunes
-nothing.
+Run again, RPP has 64.8, and 53.7 if p is always 1 (three seeds each; the highest p, 5, is set in
+HYPER). --sparsity 1 (without --gamma) is the control: it trains on the text and prunes nothing.
 
 The seconds of the RESULT line below do not include pre-training. A new run into the same folder
 deletes the old support; --nip and --gamma do not change the folder's name, so give them --out. The
@@ -66,7 +66,8 @@ With CUDA the default preset is paper, which has no corpus: add --corpus FILE or
 Without CUDA, this runs on the made-up data in mini/, and the first command's last line begins:
 
     RESULT rpp squad keeps 40.00% (prunes 60.00%) EM 81.8 F1 82.3 | 1000 steps ..
-    (with --pretrain_steps 4000 F1 98.5; dense, by magnitude.py --sparsity 1, 99.6)
+
+With --pretrain_steps 4000 F1 is 98.5. Nothing pruned (magnitude.py --sparsity 1): 99.6.
 """
 import argparse
 import json
@@ -108,7 +109,7 @@ def fraction_kept(done, rounds_end, v_f, stairs=None):
 
 
 def largest_to_go(x, v):
-    """The limit: if every element <= it is removed, max(1, round(v n)) of the n are left.
+    """The limit: remove every element <= the limit, and max(1, round(v n)) of the n are left.
 
     x: (n,), nothing negative. Returns a float, the largest element that goes; 0.0 if none has to.
     Elements equal to it go, too, so ties can cost a few more than wanted.
@@ -118,7 +119,7 @@ def largest_to_go(x, v):
         return 0.0
     if x.device.type == "cpu":                          # numpy selects without a sort
         return float(np.partition(x.numpy(), n_go - 1)[n_go - 1])
-    if n_go > len(x) // 2:                              # counted from above it is a shorter topk
+    if n_go > len(x) // 2:                              # topk from above has fewer to find
         return float(x.topk(len(x) - n_go + 1, sorted=False).values.min())
     return float(x.topk(n_go, largest=False, sorted=False).values.max())
 
@@ -129,11 +130,11 @@ def largest_to_go(x, v):
 # hardly ever end at exactly 0. So Adam minimises f0 alone. Then a second, small problem lowers the
 # other term and stays near a, the point that Adam has reached (hence "proximal"):
 #     w = argmin_x (x - a)^2 / 2 + threshold |x|,  threshold = lr gamma alpha
-# (Strictly, each threshold should have its own weight's step length, which under Adam differs from
-# weight to weight. We take lr for all.) The small problem has an exact solution.
-# For x > 0 the slope x - a + threshold is 0 at x = a - threshold, if that is above 0. For x < 0
-# the slope x - a - threshold is 0 at a + threshold, if that is below 0. Where |a| <= threshold
-# there is neither: the minimum is the kink at 0.
+# (Strictly, lr should be here each weight's own step length, which under Adam differs from weight
+# to weight. We take lr for all.) The small problem has an exact solution. For x > 0 the slope,
+# x - a + threshold, is 0 at x = a - threshold, if that is above 0. For x < 0 the slope,
+# x - a - threshold, is 0 at a + threshold, if that is below 0. Where |a| <= threshold there is
+# neither: the minimum is the kink at 0.
 def prox(a, threshold):
     """sign(a) max(|a| - threshold, 0): each element moves towards 0 and stops there. Same shape."""
     return a - a.clamp(-threshold, threshold)
@@ -214,7 +215,7 @@ def draw_pair(documents, length, rng):
     home = int(rng.integers(len(documents)))
     document = documents[home]
     first = int(rng.integers(max(1, len(document) - 1)))
-    most = max(1, min(len(document) - first - 1, length // 8))      # lines, at 8 tokens a line
+    most = max(1, min(len(document) - first - 1, length // 8))      # lines, if each has 8 tokens
     n_lines = 1 + int(rng.integers(most))
     second = first + n_lines
     a = sum(document[first:second], [])
@@ -306,7 +307,7 @@ MINI = dict(
     warmup=0.05,                    # the fraction of the steps in which lr rises
     lr_end=0.0,                     # the fraction of its peak that is left after the last step
     clip=1.0,                       # the norm to which all gradients together are clipped
-    rounds=12,                      # of pre-training; outside it, so that --rounds can set it
+    rounds=12,                      # of pre-training; not in `pretrain`, so that --rounds sets it
     pretrain=dict(
         steps=200, batch_size=32, lr=1e-3, length=96, warmup=0.05,
         recover=0.3,                # the last fraction of the steps, after the rounds
@@ -440,7 +441,7 @@ def main(args):
     if args.resume:
         if not begun or (out / "result.json").exists():
             raise SystemExit(f"--resume: {out} holds no unfinished run: give the --out of one")
-        before = json.loads(begun)["args"]
+        before = json.loads(begun)["args"]              # --out and --resume may differ
         differ = sorted(name for name in settings if before.get(name) != settings[name])
         if differ:
             raise SystemExit(f"{out} was begun with another {', '.join(differ)}: repeat its flags")
@@ -511,9 +512,9 @@ def main(args):
         print(f"the teacher alone: {data.evaluate(teacher)[0]}")
     print(f"{len(data.train)} training examples, {data.n_dev} to evaluate | "
           f"{args.steps} steps of {args.batch_size} | lr {args.lr:g} | {args.model}")
-    layers = common.prunable(model)                     # {name: Linear}, six matrices a layer
+    layers = common.prunable(model)                     # {name: Linear}, six in each BERT layer
     groups = [{"params": list(model.parameters()), "lr": args.lr, "initial_lr": args.lr}]
-    state = {}                                          # what the method keeps in a checkpoint
+    state = {}                                          # what else a checkpoint has to keep
 
     # <method: setup>
     if pretrains and not support_done:
@@ -522,7 +523,7 @@ def main(args):
         every = min(20, len(documents) // 2)
         held_out = documents[::every]
         documents = [document for i, document in enumerate(documents) if i % every]
-    lacking = []
+    lacking = []                                        # names that the support does not have
     if args.support:
         folder = Path(args.support)
         if (folder / "support").exists():                   # a run's folder: take its support
@@ -530,8 +531,8 @@ def main(args):
         elif (folder / "log.jsonl").exists():
             first_line = (folder / "log.jsonl").read_text().partition("\n")[0]
             if f'"script": "{method}"' in first_line:
-                raise SystemExit(f"--support {folder} holds no support: give the one that the run "
-                                 "in it used, or let its pre-training end")
+                raise SystemExit(f"--support {folder} holds no support: give the --support of that "
+                                 "run, or let its pre-training end")
         try:
             pruned, info = BertForPreTraining.from_pretrained(folder, output_loading_info=True)
             lacking = info["missing_keys"]
@@ -621,7 +622,7 @@ def main(args):
             if ended > ended_before:                        # one ends with this step
                 p = 1 if args.gamma else min(ended, phase["p"])
             gamma = 0.0
-            zeros = [w == 0 for w in weights]               # Adam moves these, too: see else
+            zeros = [w == 0 for w in weights]               # Adam moves these too; else undoes it
             optimizer.step()                                # the first half: w becomes a
             with torch.no_grad():
                 if step < rounds_end and not args.nip:      # the second half, while rounds last
@@ -629,7 +630,8 @@ def main(args):
                 else:                                       # after that, or with --nip: zeros stay
                     for w, zero in zip(weights, zeros):
                         w.masked_fill_(zero, 0.0)
-                if args.nip and v < fraction_kept(step, rounds_end, args.sparsity, stairs):
+                v_before = fraction_kept(step, rounds_end, args.sparsity, stairs)
+                if args.nip and v < v_before:               # a cut is due
                     limit = largest_to_go(torch.cat([w.abs().flatten() for w in weights]), v)
                     for w in weights:
                         w.masked_fill_(w.abs() <= limit, 0.0)
@@ -705,8 +707,8 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        # The slots set v, the fraction to keep now (the log's "goal"), and penalty, added to the
-        # loss; one outside the loop sets goal, the fraction to keep in the end. v, goal: or None.
+        # The slots set v, the fraction to keep now (logged as "goal"), and penalty, added to the
+        # loss; outside the loop one sets goal, the fraction to keep in the end. None: no goal.
         # <method: before forward>
         v = goal                                        # nothing more is pruned
         # </method>
@@ -722,10 +724,10 @@ def main(args):
         (loss + penalty).backward()
 
         # <method: gradient>
-        # Before the optimizer: a weight whose gradients were all 0 has moments of 0, and AdamW
-        # leaves it at 0. Before clipping, so that pruned weights do not count in the norm. (After
-        # the rounds of pre-training a weight still has moments from before it was pruned, so there
-        # its zero is restored after each step.)
+        # Before the optimizer, because a weight whose gradients were all 0 has moments of 0, and
+        # AdamW leaves it at 0. Before clipping, so that pruned weights do not count in the norm.
+        # (After the rounds of pre-training a weight still has moments from before it was pruned, so
+        # there its zero is restored after each step.)
         for layer, stays in zip(layers.values(), remains):
             layer.weight.grad.mul_(stays)
         # </method>
@@ -764,7 +766,7 @@ def main(args):
     if world > 1:
         torch.distributed.destroy_process_group()
     if rank > 0:
-        os._exit(0)                 # a plain return frees DDP, and torch can stand still in that
+        os._exit(0)                 # a plain return frees DDP, and torch can hang there
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     model = type(model).from_pretrained(out).to(device)

@@ -2,17 +2,17 @@
 
 Paper: Sanh, Wolf and Rush 2020, "Movement Pruning", arXiv 2005.07683, section 4.
 Official code: huggingface/transformers-research-projects, movement-pruning, at fccd0cdab0. There
-the penalty is called "l1". It is always on here. The flag --penalty, below, switches to the mask
-of the official code, "sigmoied_threshold" (sic).
+the penalty is called "l1". Here it is on with and without the flag --penalty; that flag, explained
+below, switches to the mask of the official code, "sigmoied_threshold" (sic).
 
 Read mvp.py first: each weight has a score, which rises while fine-tuning pushes that weight away
 from 0. This file ranks the scores of all matrices together (mvp.py's --scope global is the default
 here), so the fraction kept may differ between matrices. It also adds to the loss a penalty that
-pushes all scores down. Under Adam, we think, a score then sinks first if removing its weight would
-hardly change the loss of any batch: the comment above sigmoid_penalty says why. What the penalty
-buys: on SST-2 (six layers, 1,200 steps at lr 3e-5, 10 % kept, one seed) mvp.py falls to chance,
-50.9 %; the same run with the penalty, each matrix still ranked by itself (--scope local), ends at
-83.5 %. (A bag of words has 81.9 %. results/why/README.md)
+pushes all scores down. Under Adam, we think, the first scores to sink are then those of weights
+whose removal would hardly change the loss of any batch: the comment above sigmoid_penalty says why.
+What the penalty buys: on SST-2 (six layers, 1,200 steps at lr 3e-5, 10 % kept, one seed) mvp.py
+falls to chance, 50.9 %; the same run with the penalty, each matrix still ranked by itself (--scope
+local), ends at 83.5 %. (A bag of words has 81.9 %. results/why/README.md)
 
     M  = 1 for round(v N) of all N scores (first the best 0.5 % of each matrix, or v, if that is
          smaller; then the highest of all others), else 0
@@ -29,13 +29,13 @@ buys: on SST-2 (six layers, 1,200 steps at lr 3e-5, 10 % kept, one seed) mvp.py 
     lambda       lambda_f r, so it grows as v falls; lambda_f is 1000 (set in MINI; no flag)
 
 Here you choose the fraction kept; this variant is ours. The official code instead keeps every
-weight whose sigmoid(S) is above a threshold tau, however many these are (hence "soft"), but never
-less than 0.5 % of each matrix. `--penalty LAMBDA` runs that version: tau = 0.1 r, lambda =
-LAMBDA r, and neither --sparsity nor --scope decides what is kept. (In the paper's runs on SQuAD,
-without a teacher, a LAMBDA of 500 kept 13.9 %, and 1400 kept 2.6 %.) Our version fixes the count,
-and the threshold follows; theirs fixes the threshold, and the count follows. From the same scores,
-ours (--scope global) with some v keeps the same weights as theirs with some tau (unless scores are
-equal, or v is below about 0.5 %).
+weight whose sigmoid(S) is above a threshold tau, however many these are (so its mask is "soft"),
+but never less than 0.5 % of each matrix. `--penalty LAMBDA` runs that version: tau = 0.1 r,
+lambda = LAMBDA r, and neither --sparsity nor --scope decides what is kept. (In the paper's runs on
+SQuAD, without a teacher, a LAMBDA of 500 kept 13.9 %, and 1400 kept 2.6 %.) Our version fixes the
+count, and the threshold follows; theirs fixes the threshold, and the count follows. From the same
+scores, for each v of ours (--scope global) there is a tau at which theirs keeps the same weights
+(unless scores are equal, or v is below about 0.5 %).
 
 The paper's text differs from its code: in the text M = (S > tau), tau and lambda are constant, and
 R is a sum.
@@ -97,7 +97,7 @@ def kth_largest(x, k):
     n = len(x)
     if x.device.type == "cpu":                          # faster than torch's own kthvalue
         return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
-    if k > n // 2:                                      # counted from below it is a shorter topk
+    if k > n // 2:                                      # topk from below has fewer to find
         return x.topk(n - k + 1, largest=False, sorted=False).values.max()
     return x.topk(k, sorted=False).values.min()
 
@@ -151,10 +151,10 @@ def update_masks(masked, scores, v, scope="local"):
         ranked = torch.cat([s.flatten() for s in scores])               # (N,)
         # `ranked` is a copy. In it the best scores of each matrix, its least share (or v, if
         # smaller), become infinite, so that they rank first. If v is 0.5 % or less, hardly anything
-        # else is kept. Each matrix rounds its own count, so there can be a few more infinite scores
-        # than round(v N) (mini, v = 0.5 %: 3936, not 3932). All are equal, so top_v keeps the first
-        # ones, and the last matrices lose a few. (Where each keeps one or two, the last are
-        # emptied.)
+        # else is kept. Each matrix rounds its own count, to one at least, so there can be a few
+        # more infinite scores than round(v N) (mini, v = 0.5 %: 3936, not 3932). All are equal, so
+        # top_v keeps the first ones, and the last matrices lose a few (or all, if they had only
+        # one).
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)
@@ -165,12 +165,12 @@ def update_masks(masked, scores, v, scope="local"):
 TAU_F = 0.1                                             # tau in the end, as in the paper's runs
 
 
-# Official: binarizer.py, lines 24-66. Outside the best 0.5 % of its matrix, a weight is masked
-# while its score is not above logit(tau), which rises to -2.2 (tau = 0.1). Unlike in update_masks,
-# v does not count: the least share is always int(0.005 n) + 1.
+# Official: binarizer.py, lines 24-66. Outside the best 0.5 % of its matrix, a weight is masked if
+# its score is at most logit(tau), which rises to -2.2 (tau = 0.1). Unlike in update_masks, a small
+# v does not lower the least share: it is always int(0.005 n) + 1.
 @torch.no_grad()
 def update_masks_open(masked, scores, tau):
-    """Write the masks of --penalty: M = (sigmoid(S) > tau), and the best 0.5 % of each matrix.
+    """Write the masks of --penalty: M = (sigmoid(S) > tau), plus the best 0.5 % of each matrix.
 
     scores: one tensor (out, in) per matrix. How many weights stay is not known in advance.
     """
@@ -187,7 +187,7 @@ class StraightThrough(torch.autograd.Function):
     """W' = W * M, with a backward pass that takes 1 for the slope of M in S."""
 
     @staticmethod
-    def forward(ctx, weight, scores, mask):             # scores: for backward alone
+    def forward(ctx, weight, scores, mask):             # scores: to get a gradient
         ctx.save_for_backward(weight, mask)
         return weight * mask
 
@@ -218,17 +218,17 @@ class Masked(nn.Module):
 #
 # Our reading is that Adam makes the difference. For one score over recent steps, let m be the mean
 # and g the root mean square of the loss gradient dL/dW' * W alone. That gradient's sign changes
-# from batch to batch, so |m| is usually far below g. Adam moves a score by about -lr times the mean
-# of its whole gradient over that gradient's root mean square. Without a penalty this quotient is
-# m / g, and the scale cancels: if all loss gradients of a score were ten times larger, it would
-# move just as far. With the penalty it is about (m + p) / sqrt(g^2 + p^2), and the scale counts,
-# because p is the same for large and for small loss gradients. What matters is how g compares with
-# p:
-#     g far below p    the quotient is about 1: the score sinks by about lr in each step
+# from batch to batch, so |m| is usually far below g. Adam moves a score by about the scores'
+# learning rate times minus the mean of its whole gradient over that gradient's root mean square.
+# Without a penalty this quotient is m / g, and the scale cancels: if all loss gradients of a score
+# were ten times larger, it would move just as far. With the penalty it is about
+# (m + p) / sqrt(g^2 + p^2), and the scale counts, because p is the same for large and for small
+# loss gradients. (Clipping scales m, g and p alike.) What matters is how g compares with p:
+#     g far below p    the quotient is about 1: the score sinks at the full rate
 #     g far above p    it is about (m + p) / g, far below 1: the score moves slowly
-# (lr: the scores' rate.) For a given S, p grows with lambda. So at first only the scores with the
-# smallest g sink fast, later others too. A score that sinks far has a smaller and smaller p (see
-# above), and slows down when p is no longer far above its g.
+# For a given S, p grows with lambda. So at first only the scores with the smallest g sink fast,
+# later others too. A score that sinks far has a smaller and smaller p (see above), and slows down
+# when p is no longer far above its g.
 #
 # Why does a weight with a large g deserve to stay? Removing a kept W changes the loss of one batch
 # by about -dL/dW' * W. Over many batches these changes nearly cancel; near a minimum of the loss
@@ -239,11 +239,12 @@ class Masked(nn.Module):
 # scores to sink are those of weights to which hardly any batch reacts. Direction still counts:
 # where |m| is larger than p, the sign of m decides, as in mvp.py.
 #
-# Measured on SST-2 (six layers, 1,200 steps, lr 3e-5): in a run of this file that aims at 10 %
-# kept, and that we stopped at 60 % kept, the rank correlation of S with g climbs from 0.02 (97 %
-# kept) to 0.85 (60 % kept). (g is taken over all steps so far; the correlation is taken within each
-# matrix, then averaged.) In the same run with lambda_f = 0 it stays at 0.02, and the training loss
-# is at chance. We have not shown that the correlation is what saves a run (results/why/README.md).
+# Measured on SST-2 (six layers, 1,200 steps, lr 3e-5): in a run of this file, with its one ranking,
+# that aims at 10 % kept, and that we stopped at 60 % kept, the rank correlation of S with g climbs
+# from 0.02 (97 % kept) to 0.85 (60 % kept). (g is taken over all steps so far; the correlation is
+# taken within each matrix, then averaged.) In the same run with lambda_f = 0 it stays at 0.02, and
+# at 60 % kept the training loss is at chance. We have not shown that the correlation is what saves
+# a run (results/why/README.md).
 #
 # R takes the mean within each matrix first. A feed-forward matrix of BERT has four times as many
 # weights as an attention matrix, so its p is a quarter as large. Ranked together, the feed-forward
@@ -261,9 +262,9 @@ def sigmoid_penalty(scores):
 # </method>
 
 # <method: hyper-parameters>
-# Under paper, all values of squad, mnli and qqp are the authors', from their run sheet and scripts,
-# unless marked as ours; where one comes from MINI the two are equal. Those of the other tasks, and
-# of mini, are ours. "*" holds for all tasks; a task's own values override it.
+# Under paper, all values of squad, mnli and qqp, those taken over from MINI too, are the authors',
+# from their run sheet and scripts, unless a comment says that they are ours. Those of the other
+# tasks, and of mini, are ours. "*" holds for all tasks; a task's own values override it.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
@@ -274,7 +275,7 @@ MINI = dict(
     clip=1.0,                       # the norm to which all gradients together are clipped
     t_i=0.05, t_f=0.3,              # fractions of the steps: before v falls, and after its fall
     score_lr=1e-2,                  # peak learning rate of the scores
-    lambda_f=1000.0                 # ours, for every --sparsity; on SQuAD the paper's are like it
+    lambda_f=1000.0                 # ours, for every --sparsity (the paper's: 500, 1400, ..)
 )
 PAPER = MINI | dict(
     model="bert-base-uncased",
@@ -292,7 +293,7 @@ HYPER = {
         "squad": dict(epochs=10, batch_size=16, length=384,
                       warmup=0.1, t_i=0.1, t_f=0.2),
         "mnli": dict(warmup=0.16, t_i=0.16, t_f=0.16),
-        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1, t_i=0.2, t_f=0.3)  # 3e-6, as in their runs
+        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1, t_i=0.2, t_f=0.3)  # 3e-6: no slip
     }
 }
 # </method>
@@ -395,7 +396,7 @@ def main(args):
     if args.resume:
         if not begun or (out / "result.json").exists():
             raise SystemExit(f"--resume: {out} holds no unfinished run: give the --out of one")
-        before = json.loads(begun)["args"]
+        before = json.loads(begun)["args"]              # --out and --resume may differ
         differ = sorted(name for name in settings if before.get(name) != settings[name])
         if differ:
             raise SystemExit(f"{out} was begun with another {', '.join(differ)}: repeat its flags")
@@ -452,15 +453,15 @@ def main(args):
         print(f"the teacher alone: {data.evaluate(teacher)[0]}")
     print(f"{len(data.train)} training examples, {data.n_dev} to evaluate | "
           f"{args.steps} steps of {args.batch_size} | lr {args.lr:g} | {args.model}")
-    layers = common.prunable(model)                     # {name: Linear}, six matrices a layer
+    layers = common.prunable(model)                     # {name: Linear}, six in each BERT layer
     groups = [{"params": list(model.parameters()), "lr": args.lr, "initial_lr": args.lr}]
-    state = {}                                          # what the method keeps in a checkpoint
+    state = {}                                          # what else a checkpoint has to keep
 
     # <method: setup>
     if not layers:
         raise SystemExit("the model has no matrix to prune: give another --model")
-    # From here on each read of layer.weight calls Masked.forward: the layer computes with W * M.
-    # `groups` holds W already and gets the scores below, so each parameter is in one group.
+    # Once registered, each read of layer.weight calls Masked.forward: it computes with W * M.
+    # W itself stays the parameter that is in `groups` already. The scores are added below.
     masked = [Masked(layer.weight) for layer in layers.values()]
     for layer, m in zip(layers.values(), masked):
         parametrize.register_parametrization(layer, "weight", m)
@@ -510,8 +511,8 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        # The slots set v, the fraction to keep now (the log's "goal"), and penalty, added to the
-        # loss; one outside the loop sets goal, the fraction to keep in the end. v, goal: or None.
+        # The slots set v, the fraction to keep now (logged as "goal"), and penalty, added to the
+        # loss; outside the loop one sets goal, the fraction to keep in the end. None: no goal.
         # <method: before forward>
         # Masks first, so that this step's loss and gradients are those of the pruned network.
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
@@ -583,7 +584,7 @@ def main(args):
     if world > 1:
         torch.distributed.destroy_process_group()
     if rank > 0:
-        os._exit(0)                 # a plain return frees DDP, and torch can stand still in that
+        os._exit(0)                 # a plain return frees DDP, and torch can hang there
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     model = type(model).from_pretrained(out).to(device)

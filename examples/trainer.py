@@ -66,7 +66,7 @@ def kth_largest(x, k):
     n = len(x)
     if x.device.type == "cpu":                          # faster than torch's own kthvalue
         return x.new_tensor(np.partition(x.numpy(), n - k)[n - k])
-    if k > n // 2:                                      # counted from below it is a shorter topk
+    if k > n // 2:                                      # topk from below has fewer to find
         return x.topk(n - k + 1, largest=False, sorted=False).values.max()
     return x.topk(k, sorted=False).values.min()
 
@@ -112,10 +112,10 @@ def update_masks(masked, scores, v, scope="local"):
         ranked = torch.cat([s.flatten() for s in scores])               # (N,)
         # `ranked` is a copy. In it the best scores of each matrix, its least share (or v, if
         # smaller), become infinite, so that they rank first. If v is 0.5 % or less, hardly anything
-        # else is kept. Each matrix rounds its own count, so there can be a few more infinite scores
-        # than round(v N) (mini, v = 0.5 %: 3936, not 3932). All are equal, so top_v keeps the first
-        # ones, and the last matrices lose a few. (Where each keeps one or two, the last are
-        # emptied.)
+        # else is kept. Each matrix rounds its own count, to one at least, so there can be a few
+        # more infinite scores than round(v N) (mini, v = 0.5 %: 3936, not 3932). All are equal, so
+        # top_v keeps the first ones, and the last matrices lose a few (or all, if they had only
+        # one).
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)
@@ -127,7 +127,7 @@ class StraightThrough(torch.autograd.Function):
     """W' = W * M, with a backward pass that takes 1 for the slope of M in S."""
 
     @staticmethod
-    def forward(ctx, weight, scores, mask):             # scores: for backward alone
+    def forward(ctx, weight, scores, mask):             # scores: to get a gradient
         ctx.save_for_backward(weight, mask)
         return weight * mask
 
