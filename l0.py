@@ -7,7 +7,7 @@ huggingface/transformers-research-projects, movement-pruning, at fccd0cdab0.
 We would like to minimise the number of weights that are not 0, but a count has no gradient. So each
 weight is multiplied by a random gate z. A learned score S, the paper's log alpha, sets the
 probability that the gate is open (z > 0). This probability has a gradient, and is penalised: the
-penalty pushes all scores down (or up, once far too little is kept). Where dL/dW' * W is negative,
+penalty pushes all scores down (later also up, if too little is kept). Where dL/dW' * W is negative,
 more of W would lower the loss, and the loss's gradient pushes S up. Weights stay where this push
 outweighs the penalty.
 
@@ -35,16 +35,16 @@ its weight can come back. Counting and saving use neither noise nor beta: there 
 the gate is open where S exceeds log(-gamma / zeta) = -2.398. What is saved is W * z with this z.
 Why without beta? Only because both official codes do so. With q = sigmoid(S / beta) the threshold
 would be -1.6, where P is 0.5. At -2.398 P is 0.31: share also counts gates that are shut in most
-draws. So share differs from E in three ways: it takes 0 or 1 instead of P, its threshold is lower,
-and in it each weight counts the same, in E each matrix.
+draws. So share differs from E in two ways: it takes 0 or 1 instead of P, with 1 from P = 0.31 on;
+and in share each weight counts the same, in E each matrix.
 
 Sanh et al. minimise L + lambda E with a constant lambda, and keep the weights whose gates are open
 at the end, however many these are. `--penalty LAMBDA` does that; v then plays no part. (In their
 runs on SQuAD, without a teacher, a LAMBDA of 175 kept 9.8 %, and 600 kept 2.9 %.) By default you
 choose the fraction kept, and two multipliers steer share to v, as in the augmented Lagrangian of
 Wang, Wohlwend and Lei 2020, arXiv 1910.04732. mu1 grows while share is above v and falls while it
-is below. mu2 h^2 presses harder the larger the gap is; together they push a score with (mu1 + 2 mu2
-h) / v times the gradient of E. Three things are not from that paper: v falls by magnitude.py's
+is below. mu2 h^2 presses harder the larger the gap is; together they push a score with the gradient
+of E times (mu1 + 2 mu2 h) / v. Three things are not from that paper: v falls by magnitude.py's
 cubic, h is relative to v, and the step sizes are 2 and 60. The step sizes are so large because E's
 gradient in one of N scores is below 1 / N: times the multipliers, it has to hold its own against
 the loss's gradient in that score, and against Adam's eps.
@@ -56,7 +56,8 @@ none of this, nor does this file.
 
 A run needs enough steps for the scores to fall. On mini, at a goal of 3 %, a run of 100 steps ended
 with 72 % of the gates still open, one of 300 steps with 2.95 %. At the end close_gap switches gates
-until the goal is met: in the run of 100 steps it shuts gates that are wide open, and says so.
+until the goal is met: in the run of 100 steps it shuts gates that are wide open, and the run says
+so.
 
     python l0.py --task squad --sparsity 0.03
 
@@ -122,8 +123,8 @@ def kth_largest(x, k):
     return x.topk(k, sorted=False).values.min()
 
 
-# As in mvp.py, where it is official (binarizer.py, lines 95-103). Neither official L0 code ranks:
-# here close_gap alone does.
+# As in mvp.py. (Official there: binarizer.py, lines 95-103. Neither official L0 code ranks: here
+# only close_gap does.)
 def top_v(scores, v):
     """Top_v: True for the highest round(v n) of the n scores, but always for at least one.
 
@@ -357,7 +358,7 @@ def main(args):
     if args.resume:
         if not begun or (out / "result.json").exists():
             raise SystemExit(f"--resume: {out} holds no unfinished run: give the --out of one")
-        before = json.loads(begun)["args"]              # --out and --resume may differ
+        before = json.loads(begun)["args"]              # `out` and `resume` are None in both
         differ = sorted(name for name in settings if before.get(name) != settings[name])
         if differ:
             raise SystemExit(f"{out} was begun with another {', '.join(differ)}: repeat its flags")
@@ -416,12 +417,11 @@ def main(args):
           f"{args.steps} steps of {args.batch_size} | lr {args.lr:g} | {args.model}")
     layers = common.prunable(model)                     # {name: Linear}, six in each BERT layer
     groups = [{"params": list(model.parameters()), "lr": args.lr, "initial_lr": args.lr}]
-    state = {}                                          # what else a checkpoint has to keep
 
     # <method: setup>
     if not layers:
         raise SystemExit("the model has no matrix to prune: give another --model")
-    # Once registered, each read of layer.weight calls Gated.forward: it computes with W * z.
+    # Once m is registered, each read of layer.weight calls m.forward, and gets W * z.
     # W itself stays the parameter that is in `groups` already. The scores are added below.
     gated = [Gated(layer.weight) for layer in layers.values()]
     for layer, m in zip(layers.values(), gated):
@@ -434,9 +434,10 @@ def main(args):
     groups.append({"params": scores,
                    "lr": args.score_lr, "initial_lr": args.score_lr, "weight_decay": 0.0})
     # The multipliers are tensors, so that Python need not wait for their values in any step. They
-    # are float64, because each is a sum of very many small terms.
-    state.update(mu1=torch.zeros((), dtype=torch.float64, device=device),
-                 mu2=torch.zeros((), dtype=torch.float64, device=device))
+    # are float64, because each is a sum of very many small terms. As buffers of the model they are
+    # part of its checkpoints, until "bake" deletes them.
+    for name in ("mu1", "mu2"):
+        model.register_buffer(name, torch.zeros((), dtype=torch.float64, device=device))
     generator = torch.Generator(device)
     # </method>
 
@@ -463,7 +464,6 @@ def main(args):
         saved = torch.load(checkpoint, map_location=device)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        state.update(saved["state"])
         first, seconds = saved["step"], saved["seconds"]
         del saved
     if args.resume:                                     # from 0, if there was no checkpoint yet
@@ -480,7 +480,7 @@ def main(args):
             group["lr"] = group["initial_lr"] * factor
 
         # The slots set v, the fraction to keep now (logged as "goal"), and penalty, added to the
-        # loss; outside the loop one sets goal, the fraction to keep in the end. None: no goal.
+        # loss; a slot outside the loop sets goal, the fraction to keep in the end. None: no goal.
         # <method: before forward>
         # Noise before the forward pass: this step's loss is that of one draw of gates. The draw
         # depends on (seed, step) alone, so it is the same in all processes and in a resumed run. On
@@ -502,15 +502,14 @@ def main(args):
         expected = expected_l0(scores)                  # E
         if args.penalty is not None:
             penalty = args.penalty * expected           # E itself: no estimate is needed
-            v = None                                    # what is kept is no goal now
+            v = None                                    # an outcome, not a goal
         else:
             # A straight-through estimate: the forward pass uses a count, and the backward pass uses
             # the gradient of E. (Adding E and subtracting E.detach() leaves the value as it
             # is, but for rounding, and gives it the gradient of E.)
             share = open_gates(scores) / sum(s.numel() for s in scores)
             excess = (share + expected - expected.detach()) / v - 1     # h
-            mu1, mu2 = state["mu1"].float(), state["mu2"].float()
-            penalty = mu1 * excess + mu2 * excess ** 2
+            penalty = model.mu1.float() * excess + model.mu2.float() * excess ** 2
         # </method>
 
         optimizer.zero_grad()
@@ -528,8 +527,8 @@ def main(args):
         # kept, mu1 grows, and the penalty presses harder. While too little is kept, mu1 falls,
         # below 0 if need be. mu2 only grows, so later gaps weigh more.
         if args.penalty is None:
-            state["mu1"] += args.ascent[0] * excess.detach().double()
-            state["mu2"] += args.ascent[1] * excess.detach().double() ** 2
+            model.mu1 += args.ascent[0] * excess.detach().double()
+            model.mu2 += args.ascent[1] * excess.detach().double() ** 2
         # </method>
 
         # ---- log line
@@ -548,7 +547,7 @@ def main(args):
         # ---- checkpoint: under another name first, so that it is whole or not there
         if rank == 0 and done % args.checkpoint_every == 0:
             torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
-                            state=state, step=done, seconds=seconds), out / "checkpoint.part")
+                            step=done, seconds=seconds), out / "checkpoint.part")
             os.replace(out / "checkpoint.part", checkpoint)
 
     # <method: bake>
@@ -567,6 +566,7 @@ def main(args):
             print("more than a tenth of those kept: the run may be too short, give more --steps")
     for layer in layers.values():
         parametrize.remove_parametrizations(layer, "weight")
+    del model.mu1, model.mu2
     # </method>
 
     # ---- save; what is counted and evaluated is what the folder holds

@@ -156,8 +156,7 @@ def update_masks(masked, scores, v, scope="local"):
         # smaller), become infinite, so that they rank first. If v is 0.5 % or less, hardly anything
         # else is kept. Each matrix rounds its own count, to one at least, so there can be a few
         # more infinite scores than round(v N) (mini, v = 0.5 %: 3936, not 3932). All are equal, so
-        # top_v keeps the first ones, and the last matrices lose a few (or all, if they had only
-        # one).
+        # top_v keeps the first ones, and the last matrices lose a few (or all, if they had a few).
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)
@@ -215,7 +214,7 @@ HYPER = {
         "squad": dict(epochs=10, batch_size=16, length=384,
                       warmup=0.1, t_i=0.1, t_f=0.2),
         "mnli": dict(warmup=0.16, t_i=0.16, t_f=0.16),
-        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1, t_i=0.2, t_f=0.3)  # 3e-6: no slip
+        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1, t_i=0.2, t_f=0.3)  # 3e-6: theirs
     }
 }
 # </method>
@@ -314,7 +313,7 @@ def main(args):
     if args.resume:
         if not begun or (out / "result.json").exists():
             raise SystemExit(f"--resume: {out} holds no unfinished run: give the --out of one")
-        before = json.loads(begun)["args"]              # --out and --resume may differ
+        before = json.loads(begun)["args"]              # `out` and `resume` are None in both
         differ = sorted(name for name in settings if before.get(name) != settings[name])
         if differ:
             raise SystemExit(f"{out} was begun with another {', '.join(differ)}: repeat its flags")
@@ -371,14 +370,13 @@ def main(args):
           f"{args.steps} steps of {args.batch_size} | lr {args.lr:g} | {args.model}")
     layers = common.prunable(model)                     # {name: Linear}, six in each BERT layer
     groups = [{"params": list(model.parameters()), "lr": args.lr, "initial_lr": args.lr}]
-    state = {}                                          # what else a checkpoint has to keep
 
     # <method: setup>
     if not layers:
         raise SystemExit("the model has no matrix to prune: give another --model")
     if args.sparsity == 1:
         layers = {}                                     # dense: nothing is masked
-    # Once registered, each read of layer.weight calls Masked.forward: it computes with W * M.
+    # Once m is registered, each read of layer.weight calls m.forward, and gets W * M.
     # W itself stays a parameter of the model, and is still the one in `groups`.
     masked = [Masked(layer.weight) for layer in layers.values()]
     for layer, m in zip(layers.values(), masked):
@@ -407,7 +405,6 @@ def main(args):
         saved = torch.load(checkpoint, map_location=device)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        state.update(saved["state"])
         first, seconds = saved["step"], saved["seconds"]
         del saved
     if args.resume:                                     # from 0, if there was no checkpoint yet
@@ -424,7 +421,7 @@ def main(args):
             group["lr"] = group["initial_lr"] * factor
 
         # The slots set v, the fraction to keep now (logged as "goal"), and penalty, added to the
-        # loss; outside the loop one sets goal, the fraction to keep in the end. None: no goal.
+        # loss; a slot outside the loop sets goal, the fraction to keep in the end. None: no goal.
         # <method: before forward>
         # Masks first, so that this step's loss and gradients are those of the pruned network.
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
@@ -468,7 +465,7 @@ def main(args):
         # ---- checkpoint: under another name first, so that it is whole or not there
         if rank == 0 and done % args.checkpoint_every == 0:
             torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
-                            state=state, step=done, seconds=seconds), out / "checkpoint.part")
+                            step=done, seconds=seconds), out / "checkpoint.part")
             os.replace(out / "checkpoint.part", checkpoint)
 
     # <method: bake>

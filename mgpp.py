@@ -39,7 +39,7 @@ whenever t is a multiple of --interval. A zeroed weight is not masked: the next 
 again, and the next zeroing removes it again unless it has grown enough by then. The pull can keep
 it in the spike only if AdamW's steps are shorter than the distance from 0 to the spike's edge. On
 mini that distance is 5e-5, and lr, the length of a usual step, 5e-4 at its peak. (Under the paper
-preset lr is about that distance with --spike 1e-10, and a third of it with 1e-9.) After the last
+preset lr is 5e-5, and the distance 5e-5 with --spike 1e-10, 1.5e-4 with 1e-9.) After the last
 zeroing the gradient is dL/dw alone, and the zeros are put back after each step. (With the paper's
 t_f of 0 the run ends there.)
 
@@ -56,9 +56,9 @@ gradients. Which of these costs the five points, if any, we have not tested.
 
 What does help is the slab, weak as its pull is. On mini with 3 % kept and --lr 2e-3, seed 0, F1 is
 93.1 with spike and slab, 92.5 with the slab alone (--mix 1), and 78.6 without a prior (--mix 1
---slab 1e9). At 5e-4, mini's own rate, all three are lower, in the same order. Our reading: AdamW
-divides each step by the recent size of the gradients, so the pull shrinks those weights most that
-the loss hardly feels. (results/why/README.md)
+--slab 1e9). At 5e-4, mini's own rate, all three are lower, the last one most by far. Our reading:
+AdamW divides each step by the recent size of the gradients, so the pull shrinks those weights most
+that the loss hardly feels. (results/why/README.md)
 
 Unlike magnitude.py: zeros are written into the weights, which go on learning; all matrices are
 always ranked together, a matrix may lose all its weights, and no gradient is clipped. Unlike the
@@ -166,7 +166,7 @@ def mixing_weight(step, steps, t_i, t_f):
 def prior_gradient(w, lam, s0, s1):
     """pull(w) = -d log pi / dw for pi(w) = lam p(w; s1) + (1 - lam) p(w; s0), 0 < lam <= 1.
 
-    p: the normal density with mean 0; s0, s1: its variances. w: any shape, the result has the same.
+    p(w; s): the normal density, mean 0, variance s. w: any shape; the result has the same.
     """
     if lam == 1:
         return w / s1                                   # no spike, plain L2; c1 would be infinite
@@ -362,7 +362,7 @@ def main(args):
     if args.resume:
         if not begun or (out / "result.json").exists():
             raise SystemExit(f"--resume: {out} holds no unfinished run: give the --out of one")
-        before = json.loads(begun)["args"]              # --out and --resume may differ
+        before = json.loads(begun)["args"]              # `out` and `resume` are None in both
         differ = sorted(name for name in settings if before.get(name) != settings[name])
         if differ:
             raise SystemExit(f"{out} was begun with another {', '.join(differ)}: repeat its flags")
@@ -421,7 +421,6 @@ def main(args):
           f"{args.steps} steps of {args.batch_size} | lr {args.lr:g} | {args.model}")
     layers = common.prunable(model)                     # {name: Linear}, six in each BERT layer
     groups = [{"params": list(model.parameters()), "lr": args.lr, "initial_lr": args.lr}]
-    state = {}                                          # what else a checkpoint has to keep
 
     # <method: setup>
     if not layers:
@@ -454,7 +453,6 @@ def main(args):
         saved = torch.load(checkpoint, map_location=device)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        state.update(saved["state"])
         first, seconds = saved["step"], saved["seconds"]
         del saved
     if args.resume:                                     # from 0, if there was no checkpoint yet
@@ -471,13 +469,13 @@ def main(args):
             group["lr"] = group["initial_lr"] * factor
 
         # The slots set v, the fraction to keep now (logged as "goal"), and penalty, added to the
-        # loss; outside the loop one sets goal, the fraction to keep in the end. None: no goal.
+        # loss; a slot outside the loop sets goal, the fraction to keep in the end. None: no goal.
         # <method: before forward>
         # Only decided here, for the slots below; the zeroing comes after the optimizer's step.
         t = step + 1                                        # steps done by then
         pulls = t <= end                                    # up to the last zeroing
         due = t in (begin, end) or (begin < t < end and t % args.interval == 0)
-        v = None            # no zeroing after this step; the zeros of the last one have moved
+        v = None            # no zeroing after this step: nearly all weights are nonzero then
         if due or not pulls:                                # not pulls: only for the log
             v = fraction_left(t, args.steps, args.sparsity, args.t_i, args.t_f, args.v_i)
         # </method>
@@ -539,7 +537,7 @@ def main(args):
         # ---- checkpoint: under another name first, so that it is whole or not there
         if rank == 0 and done % args.checkpoint_every == 0:
             torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
-                            state=state, step=done, seconds=seconds), out / "checkpoint.part")
+                            step=done, seconds=seconds), out / "checkpoint.part")
             os.replace(out / "checkpoint.part", checkpoint)
 
     # <method: bake>

@@ -42,13 +42,13 @@ the low rate, and level with a bag of words, which needs no BERT and has 81.9 %:
 
 Our reading of why it collapses: scores tell how steadily the loss asks for a larger |W|, and hardly
 how much it needs W, because Adam divides the size out (see StraightThrough). So a large and useful
-W can be masked, a big loss in one step; magnitude.py masks only the smallest of those that are
-left. Training must repair that before more weights are masked.
+W can be masked. (magnitude.py masks only the smallest of those that are left.) The model loses much
+in one step, and must repair that before more weights are masked.
 
-What helped: more --steps (three layers; six collapsed at 20,000 too), a --model of fewer layers,
-and, in most runs, soft_mvp.py instead. To prune later may help as well: on mini's squad with 10 %
-kept, one seed of ten collapsed with --t_i 0.05 (pruning begins after 5 % of the steps), and none
-with 0.3. The measurements are in results/why/README.md. The paper preset was not run here.
+What helped: more --steps (with three layers; six still collapsed in 20,000), a --model of fewer
+layers, and, in most runs, soft_mvp.py instead. To prune later may help as well: on mini's squad
+with 10 % kept, one seed of ten collapsed with --t_i 0.05 (pruning begins after 5 % of the steps),
+and none with 0.3. The measurements are in results/why/README.md. The paper preset was not run here.
 
     python mvp.py --task squad --sparsity 0.1
 
@@ -163,8 +163,7 @@ def update_masks(masked, scores, v, scope="local"):
         # smaller), become infinite, so that they rank first. If v is 0.5 % or less, hardly anything
         # else is kept. Each matrix rounds its own count, to one at least, so there can be a few
         # more infinite scores than round(v N) (mini, v = 0.5 %: 3936, not 3932). All are equal, so
-        # top_v keeps the first ones, and the last matrices lose a few (or all, if they had only
-        # one).
+        # top_v keeps the first ones, and the last matrices lose a few (or all, if they had a few).
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)
@@ -200,7 +199,7 @@ class StraightThrough(torch.autograd.Function):
     """W' = W * M, with a backward pass that takes 1 for the slope of M in S."""
 
     @staticmethod
-    def forward(ctx, weight, scores, mask):             # scores: to get a gradient
+    def forward(ctx, weight, scores, mask):             # scores: here for dL/dS
         ctx.save_for_backward(weight, mask)
         return weight * mask
 
@@ -210,7 +209,7 @@ class StraightThrough(torch.autograd.Function):
         return grad * mask, grad * weight, None         # dL/dW, dL/dS, and none for M
 
 
-# Scores are parameters, saved with the model. The mask is not: each forward pass has a new one.
+# Checkpoints hold the scores, which are parameters. The mask is not saved: each step makes it anew.
 class Masked(nn.Module):
     """A parametrization: the layer computes with W' = W * M, and its scores learn through M."""
 
@@ -254,7 +253,7 @@ HYPER = {
         "squad": dict(epochs=10, batch_size=16, length=384,
                       warmup=0.1, t_i=0.1, t_f=0.2),
         "mnli": dict(warmup=0.16, t_i=0.16, t_f=0.16),
-        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1, t_i=0.2, t_f=0.3)  # 3e-6: no slip
+        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1, t_i=0.2, t_f=0.3)  # 3e-6: theirs
     }
 }
 # </method>
@@ -354,7 +353,7 @@ def main(args):
     if args.resume:
         if not begun or (out / "result.json").exists():
             raise SystemExit(f"--resume: {out} holds no unfinished run: give the --out of one")
-        before = json.loads(begun)["args"]              # --out and --resume may differ
+        before = json.loads(begun)["args"]              # `out` and `resume` are None in both
         differ = sorted(name for name in settings if before.get(name) != settings[name])
         if differ:
             raise SystemExit(f"{out} was begun with another {', '.join(differ)}: repeat its flags")
@@ -413,12 +412,11 @@ def main(args):
           f"{args.steps} steps of {args.batch_size} | lr {args.lr:g} | {args.model}")
     layers = common.prunable(model)                     # {name: Linear}, six in each BERT layer
     groups = [{"params": list(model.parameters()), "lr": args.lr, "initial_lr": args.lr}]
-    state = {}                                          # what else a checkpoint has to keep
 
     # <method: setup>
     if not layers:
         raise SystemExit("the model has no matrix to prune: give another --model")
-    # Once registered, each read of layer.weight calls Masked.forward: it computes with W * M.
+    # Once m is registered, each read of layer.weight calls m.forward, and gets W * M.
     # W itself stays the parameter that is in `groups` already. The scores are added below.
     masked = [Masked(layer.weight) for layer in layers.values()]
     for layer, m in zip(layers.values(), masked):
@@ -455,7 +453,6 @@ def main(args):
         saved = torch.load(checkpoint, map_location=device)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        state.update(saved["state"])
         first, seconds = saved["step"], saved["seconds"]
         del saved
     if args.resume:                                     # from 0, if there was no checkpoint yet
@@ -472,7 +469,7 @@ def main(args):
             group["lr"] = group["initial_lr"] * factor
 
         # The slots set v, the fraction to keep now (logged as "goal"), and penalty, added to the
-        # loss; outside the loop one sets goal, the fraction to keep in the end. None: no goal.
+        # loss; a slot outside the loop sets goal, the fraction to keep in the end. None: no goal.
         # <method: before forward>
         # Masks first, so that this step's loss and gradients are those of the pruned network.
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
@@ -516,7 +513,7 @@ def main(args):
         # ---- checkpoint: under another name first, so that it is whole or not there
         if rank == 0 and done % args.checkpoint_every == 0:
             torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
-                            state=state, step=done, seconds=seconds), out / "checkpoint.part")
+                            step=done, seconds=seconds), out / "checkpoint.part")
             os.replace(out / "checkpoint.part", checkpoint)
 
     # <method: bake>

@@ -130,7 +130,7 @@ def largest_to_go(x, v):
 # hardly ever end at exactly 0. So Adam minimises f0 alone. Then a second, small problem lowers the
 # other term and stays near a, the point that Adam has reached (hence "proximal"):
 #     w = argmin_x (x - a)^2 / 2 + threshold |x|,  threshold = lr gamma alpha
-# (Strictly, lr should be here each weight's own step length, which under Adam differs from weight
+# (Strictly, lr here should be each weight's own step length, which under Adam differs from weight
 # to weight. We take lr for all.) The small problem has an exact solution. For x > 0 the slope,
 # x - a + threshold, is 0 at x = a - threshold, if that is above 0. For x < 0 the slope,
 # x - a - threshold, is 0 at a + threshold, if that is below 0. Where |a| <= threshold there is
@@ -441,7 +441,7 @@ def main(args):
     if args.resume:
         if not begun or (out / "result.json").exists():
             raise SystemExit(f"--resume: {out} holds no unfinished run: give the --out of one")
-        before = json.loads(begun)["args"]              # --out and --resume may differ
+        before = json.loads(begun)["args"]              # `out` and `resume` are None in both
         differ = sorted(name for name in settings if before.get(name) != settings[name])
         if differ:
             raise SystemExit(f"{out} was begun with another {', '.join(differ)}: repeat its flags")
@@ -514,7 +514,6 @@ def main(args):
           f"{args.steps} steps of {args.batch_size} | lr {args.lr:g} | {args.model}")
     layers = common.prunable(model)                     # {name: Linear}, six in each BERT layer
     groups = [{"params": list(model.parameters()), "lr": args.lr, "initial_lr": args.lr}]
-    state = {}                                          # what else a checkpoint has to keep
 
     # <method: setup>
     if pretrains and not support_done:
@@ -523,7 +522,7 @@ def main(args):
         every = min(20, len(documents) // 2)
         held_out = documents[::every]
         documents = [document for i, document in enumerate(documents) if i % every]
-    lacking = []                                        # names that the support does not have
+    lacking = []                                        # weights that the support lacks
     if args.support:
         folder = Path(args.support)
         if (folder / "support").exists():                   # a run's folder: take its support
@@ -622,7 +621,7 @@ def main(args):
             if ended > ended_before:                        # one ends with this step
                 p = 1 if args.gamma else min(ended, phase["p"])
             gamma = 0.0
-            zeros = [w == 0 for w in weights]               # Adam moves these too; else undoes it
+            zeros = [w == 0 for w in weights]               # Adam moves these: `else` undoes it
             optimizer.step()                                # the first half: w becomes a
             with torch.no_grad():
                 if step < rounds_end and not args.nip:      # the second half, while rounds last
@@ -691,7 +690,6 @@ def main(args):
         saved = torch.load(checkpoint, map_location=device)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        state.update(saved["state"])
         first, seconds = saved["step"], saved["seconds"]
         del saved
     if args.resume:                                     # from 0, if there was no checkpoint yet
@@ -708,7 +706,7 @@ def main(args):
             group["lr"] = group["initial_lr"] * factor
 
         # The slots set v, the fraction to keep now (logged as "goal"), and penalty, added to the
-        # loss; outside the loop one sets goal, the fraction to keep in the end. None: no goal.
+        # loss; a slot outside the loop sets goal, the fraction to keep in the end. None: no goal.
         # <method: before forward>
         v = goal                                        # nothing more is pruned
         # </method>
@@ -755,7 +753,7 @@ def main(args):
         # ---- checkpoint: under another name first, so that it is whole or not there
         if rank == 0 and done % args.checkpoint_every == 0:
             torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
-                            state=state, step=done, seconds=seconds), out / "checkpoint.part")
+                            step=done, seconds=seconds), out / "checkpoint.part")
             os.replace(out / "checkpoint.part", checkpoint)
 
     # <method: bake>

@@ -153,8 +153,7 @@ def update_masks(masked, scores, v, scope="local"):
         # smaller), become infinite, so that they rank first. If v is 0.5 % or less, hardly anything
         # else is kept. Each matrix rounds its own count, to one at least, so there can be a few
         # more infinite scores than round(v N) (mini, v = 0.5 %: 3936, not 3932). All are equal, so
-        # top_v keeps the first ones, and the last matrices lose a few (or all, if they had only
-        # one).
+        # top_v keeps the first ones, and the last matrices lose a few (or all, if they had a few).
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)
@@ -187,7 +186,7 @@ class StraightThrough(torch.autograd.Function):
     """W' = W * M, with a backward pass that takes 1 for the slope of M in S."""
 
     @staticmethod
-    def forward(ctx, weight, scores, mask):             # scores: to get a gradient
+    def forward(ctx, weight, scores, mask):             # scores: here for dL/dS
         ctx.save_for_backward(weight, mask)
         return weight * mask
 
@@ -218,12 +217,12 @@ class Masked(nn.Module):
 #
 # Our reading is that Adam makes the difference. For one score over recent steps, let m be the mean
 # and g the root mean square of the loss gradient dL/dW' * W alone. That gradient's sign changes
-# from batch to batch, so |m| is usually far below g. Adam moves a score by about the scores'
-# learning rate times minus the mean of its whole gradient over that gradient's root mean square.
-# Without a penalty this quotient is m / g, and the scale cancels: if all loss gradients of a score
-# were ten times larger, it would move just as far. With the penalty it is about
-# (m + p) / sqrt(g^2 + p^2), and the scale counts, because p is the same for large and for small
-# loss gradients. (Clipping scales m, g and p alike.) What matters is how g compares with p:
+# from batch to batch, so |m| is usually far below g. Adam moves a score by about minus the scores'
+# learning rate times the mean of its whole gradient over that gradient's root mean square. Without
+# a penalty this quotient is m / g, and the scale cancels: if all loss gradients of a score were ten
+# times larger, it would move just as far. With the penalty it is about (m + p) / sqrt(g^2 + p^2),
+# and the scale counts, because p is the same for large and for small loss gradients. (Clipping
+# scales m, g and p alike.) What matters is how g compares with p:
 #     g far below p    the quotient is about 1: the score sinks at the full rate
 #     g far above p    it is about (m + p) / g, far below 1: the score moves slowly
 # For a given S, p grows with lambda. So at first only the scores with the smallest g sink fast,
@@ -239,7 +238,7 @@ class Masked(nn.Module):
 # scores to sink are those of weights to which hardly any batch reacts. Direction still counts:
 # where |m| is larger than p, the sign of m decides, as in mvp.py.
 #
-# Measured on SST-2 (six layers, 1,200 steps, lr 3e-5): in a run of this file, with its one ranking,
+# Measured on SST-2 (six layers, 1,200 steps, lr 3e-5): in a run of this file (--scope global)
 # that aims at 10 % kept, and that we stopped at 60 % kept, the rank correlation of S with g climbs
 # from 0.02 (97 % kept) to 0.85 (60 % kept). (g is taken over all steps so far; the correlation is
 # taken within each matrix, then averaged.) In the same run with lambda_f = 0 it stays at 0.02, and
@@ -275,7 +274,7 @@ MINI = dict(
     clip=1.0,                       # the norm to which all gradients together are clipped
     t_i=0.05, t_f=0.3,              # fractions of the steps: before v falls, and after its fall
     score_lr=1e-2,                  # peak learning rate of the scores
-    lambda_f=1000.0                 # ours, for every --sparsity (the paper's: 500, 1400, ..)
+    lambda_f=1000.0                 # ours, for every --sparsity (the paper's on SQuAD: 500, ..)
 )
 PAPER = MINI | dict(
     model="bert-base-uncased",
@@ -293,7 +292,7 @@ HYPER = {
         "squad": dict(epochs=10, batch_size=16, length=384,
                       warmup=0.1, t_i=0.1, t_f=0.2),
         "mnli": dict(warmup=0.16, t_i=0.16, t_f=0.16),
-        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1, t_i=0.2, t_f=0.3)  # 3e-6: no slip
+        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1, t_i=0.2, t_f=0.3)  # 3e-6: theirs
     }
 }
 # </method>
@@ -396,7 +395,7 @@ def main(args):
     if args.resume:
         if not begun or (out / "result.json").exists():
             raise SystemExit(f"--resume: {out} holds no unfinished run: give the --out of one")
-        before = json.loads(begun)["args"]              # --out and --resume may differ
+        before = json.loads(begun)["args"]              # `out` and `resume` are None in both
         differ = sorted(name for name in settings if before.get(name) != settings[name])
         if differ:
             raise SystemExit(f"{out} was begun with another {', '.join(differ)}: repeat its flags")
@@ -455,12 +454,11 @@ def main(args):
           f"{args.steps} steps of {args.batch_size} | lr {args.lr:g} | {args.model}")
     layers = common.prunable(model)                     # {name: Linear}, six in each BERT layer
     groups = [{"params": list(model.parameters()), "lr": args.lr, "initial_lr": args.lr}]
-    state = {}                                          # what else a checkpoint has to keep
 
     # <method: setup>
     if not layers:
         raise SystemExit("the model has no matrix to prune: give another --model")
-    # Once registered, each read of layer.weight calls Masked.forward: it computes with W * M.
+    # Once m is registered, each read of layer.weight calls m.forward, and gets W * M.
     # W itself stays the parameter that is in `groups` already. The scores are added below.
     masked = [Masked(layer.weight) for layer in layers.values()]
     for layer, m in zip(layers.values(), masked):
@@ -495,7 +493,6 @@ def main(args):
         saved = torch.load(checkpoint, map_location=device)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        state.update(saved["state"])
         first, seconds = saved["step"], saved["seconds"]
         del saved
     if args.resume:                                     # from 0, if there was no checkpoint yet
@@ -512,7 +509,7 @@ def main(args):
             group["lr"] = group["initial_lr"] * factor
 
         # The slots set v, the fraction to keep now (logged as "goal"), and penalty, added to the
-        # loss; outside the loop one sets goal, the fraction to keep in the end. None: no goal.
+        # loss; a slot outside the loop sets goal, the fraction to keep in the end. None: no goal.
         # <method: before forward>
         # Masks first, so that this step's loss and gradients are those of the pruned network.
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)
@@ -563,7 +560,7 @@ def main(args):
         # ---- checkpoint: under another name first, so that it is whole or not there
         if rank == 0 and done % args.checkpoint_every == 0:
             torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
-                            state=state, step=done, seconds=seconds), out / "checkpoint.part")
+                            step=done, seconds=seconds), out / "checkpoint.part")
             os.replace(out / "checkpoint.part", checkpoint)
 
     # <method: bake>

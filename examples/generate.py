@@ -103,7 +103,7 @@ def mixing_weight(step, steps, t_i, t_f):
 def prior_gradient(w, lam, s0, s1):
     """pull(w) = -d log pi / dw for pi(w) = lam p(w; s1) + (1 - lam) p(w; s0), 0 < lam <= 1.
 
-    p: the normal density with mean 0; s0, s1: its variances. w: any shape, the result has the same.
+    p(w; s): the normal density, mean 0, variance s. w: any shape; the result has the same.
     """
     if lam == 1:
         return w / s1                                   # no spike, plain L2; c1 would be infinite
@@ -180,8 +180,7 @@ def update_masks(masked, scores, v, scope="local"):
         # smaller), become infinite, so that they rank first. If v is 0.5 % or less, hardly anything
         # else is kept. Each matrix rounds its own count, to one at least, so there can be a few
         # more infinite scores than round(v N) (mini, v = 0.5 %: 3936, not 3932). All are equal, so
-        # top_v keeps the first ones, and the last matrices lose a few (or all, if they had only
-        # one).
+        # top_v keeps the first ones, and the last matrices lose a few (or all, if they had a few).
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)
@@ -193,7 +192,7 @@ class StraightThrough(torch.autograd.Function):
     """W' = W * M, with a backward pass that takes 1 for the slope of M in S."""
 
     @staticmethod
-    def forward(ctx, weight, scores, mask):             # scores: to get a gradient
+    def forward(ctx, weight, scores, mask):             # scores: here for dL/dS
         ctx.save_for_backward(weight, mask)
         return weight * mask
 
@@ -387,8 +386,8 @@ def main(args):
         # ---- copied from soft_mvp.py: <method: setup>
         if not layers:
             raise SystemExit("the model has no matrix to prune: give another --model")
-        # Once registered, each read of layer.weight calls Masked.forward: it computes with
-        # W * M. This comes before the optimizer, which must find the parameters as they will stay.
+        # Once m is registered, each read of layer.weight calls m.forward, and gets W * M. This
+        # comes before the optimizer, which must find the parameters as they will stay.
         masked = [Masked(layer.weight) for layer in layers.values()]
         for layer, m in zip(layers.values(), masked):
             parametrize.register_parametrization(layer, "weight", m)

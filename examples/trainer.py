@@ -114,8 +114,7 @@ def update_masks(masked, scores, v, scope="local"):
         # smaller), become infinite, so that they rank first. If v is 0.5 % or less, hardly anything
         # else is kept. Each matrix rounds its own count, to one at least, so there can be a few
         # more infinite scores than round(v N) (mini, v = 0.5 %: 3936, not 3932). All are equal, so
-        # top_v keeps the first ones, and the last matrices lose a few (or all, if they had only
-        # one).
+        # top_v keeps the first ones, and the last matrices lose a few (or all, if they had a few).
         for part in ranked.split(sizes):                                # views of `ranked`
             part.masked_fill_(top_v(part, min(v, least_share(len(part)))), torch.inf)
         masks = top_v(ranked, v).split(sizes)
@@ -127,7 +126,7 @@ class StraightThrough(torch.autograd.Function):
     """W' = W * M, with a backward pass that takes 1 for the slope of M in S."""
 
     @staticmethod
-    def forward(ctx, weight, scores, mask):             # scores: to get a gradient
+    def forward(ctx, weight, scores, mask):             # scores: here for dL/dS
         ctx.save_for_backward(weight, mask)
         return weight * mask
 

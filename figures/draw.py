@@ -275,8 +275,9 @@ def draw_runs(runs):
 def draw_rates(runs):
     """Scores by learning rate: mini (means of the seeds there are), SQuAD, SST-2."""
     found = tables.by_rate()
-    fig, axes = panels("Magnitude and MGPP gain most from a higher learning rate", 3, 4.6, width=12)
+    fig, axes = panels("Magnitude and MGPP gain most from a higher learning rate", 4, 4.6, width=14)
     parts = (
+        ("mini", "0.1", "Mini, 10 % kept", "F1", grid.floor("mini", "squad"), (0, 104)),
         ("mini", "0.03", "Mini, 3 % kept", "F1", grid.floor("mini", "squad"), (0, 104)),
         ("squad", "0.1", "SQuAD, 10 % kept", "F1", grid.floor("real", "squad"), (0, 104)),
         ("sst2", "0.1", "SST-2, 10 % kept", "accuracy", grid.floor("real", "sst2"), (76, 89)))
@@ -296,7 +297,7 @@ def draw_rates(runs):
         ax.set_xlim(rates[0] / 1.3, rates[-1] * 1.3)
         ax.set_ylim(*limits)
         shade_floor(ax, lowest)
-        ax.text(rates[-1] * 1.27, lowest, f"floor {lowest:.1f}", ha="right", va="top")
+        ax.text(rates[-1] * 1.27, limits[0], f"floor {lowest:.1f}", ha="right", va="bottom")
         ax.set_title(title)
         ax.set_xlabel("learning rate of the weights")
         ax.set_ylabel(metric)

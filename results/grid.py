@@ -1,7 +1,7 @@
 """Drives the runs behind the tables, and writes what they measured to results/NAME.tsv.
 
     python results/grid.py mini --jobs 2                       the data in mini/: squad, mnli, qqp
-    python results/grid.py mini_lr --jobs 2                    the same, at higher rates
+    python results/grid.py mini_lr --jobs 2                    its questions, at higher rates
     python results/grid.py sst2_10000 --model DIR --data DIR   SST-2, three layers, 10,000 steps
     python results/grid.py squad11 --model DIR --data DIR      SQuAD 1.1, a small real BERT
     python results/grid.py sst2_3000 --model DIR --data DIR --corpus FILE      SST-2, 3,000 steps
@@ -69,7 +69,8 @@ VARIANTS |= {column: column.replace("_wait", ".py --t_i 0.3") for column in WAIT
 HIGHER = {lr: [f"{method}_{lr}" for method in FINE_TUNED] for lr in ("1e-3", "2e-3", "4e-3")}
 TAKEN_APART = ["magnitude_global_5e-4", "magnitude_global_2e-3", "magnitude_global_4e-3",
                "mgpp_L2_2e-3", "mgpp_L2_4e-3", "mgpp_no_prior_5e-4", "mgpp_no_prior_2e-3"]
-for column in sum(HIGHER.values(), TAKEN_APART):
+SQUAD_HIGHER = ["magnitude_4e-4", "soft_mvp_4e-4", "mgpp_4e-4"]
+for column in sum(HIGHER.values(), TAKEN_APART + SQUAD_HIGHER):
     method, lr = column.rsplit("_", 1)
     VARIANTS[column] = f"{VARIANTS.get(method, f'{method}.py')} --lr {lr}"
 SPIKES = ["mgpp_1e-12", "mgpp_1e-8", "mgpp_1e-6", "mgpp_1e-4"]
@@ -125,7 +126,7 @@ GRIDS = {
         ("squad", 0.1, 1, FINE_TUNED),
         ("squad", 0.03, 1, FINE_TUNED),
     ],
-    "squad_2800": [("squad", 0.1, 1, ["magnitude", "soft_mvp", "mgpp"])],
+    "squad_2800": [("squad", 0.1, 1, ["magnitude", "soft_mvp", "mgpp", *SQUAD_HIGHER])],
     "sst2_gpu": [
         ("sst2", 1, 1, DENSE),
         ("sst2", 0.1, 1, FINE_TUNED),
@@ -151,7 +152,6 @@ GRIDS = {
 }
 for task in ("mnli", "qqp"):
     GRIDS["mini"] += [(task, 1, 1, DENSE), (task, 0.03, 1, METHODS), (task, 0.4, 1, RPP)]
-    GRIDS["mini_lr"] += [(task, 1, 1, ["magnitude_2e-3"]), (task, 0.03, 1, HIGHER["2e-3"])]
 for v in (0.1, 0.3, 0.2, 0.05, 0.15, 0.03):
     GRIDS["sst2_3000"] += [("cola", v, 1, RPP), ("sst2", v, 3, BEFORE_MVP + RPP)]
 for task in ("sst2", "squad"):

@@ -414,16 +414,16 @@ def test_prox_in_another_loop():
 
 def test_l0_presses_harder_while_too_much_is_kept():
     scores = [torch.tensor([5.0, 2.0, 0.0, -9.0], requires_grad=True)]      # 3 of 4 are open
-    state = dict(mu1=torch.tensor(1.0, dtype=torch.float64),
-                 mu2=torch.tensor(10.0, dtype=torch.float64))
-    space = dict(gated=scores, scores=scores, v=0.5, state=state,
+    model = argparse.Namespace(mu1=torch.tensor(1.0, dtype=torch.float64),
+                               mu2=torch.tensor(10.0, dtype=torch.float64))
+    space = dict(gated=scores, scores=scores, v=0.5, model=model,
                  args=argparse.Namespace(penalty=None, ascent=(2.0, 60.0)))
     exec("import numpy as np\nimport torch\nfrom torch import nn\n" + "".join(
         textwrap.dedent(slots("l0")[name]) for name in
         ("imports", "definitions", "penalty", "after step")), space)
     assert float(space["penalty"].detach()) == pytest.approx(1 * 0.5 + 10 * 0.5 ** 2)
-    assert float(state["mu1"]) == pytest.approx(1 + 2 * 0.5)
-    assert float(state["mu2"]) == pytest.approx(10 + 60 * 0.5 ** 2)
+    assert float(model.mu1) == pytest.approx(1 + 2 * 0.5)
+    assert float(model.mu2) == pytest.approx(10 + 60 * 0.5 ** 2)
     space["penalty"].backward()
     opened = 1 / (1 + np.exp(-np.array([5.0, 2.0, 0.0, -9.0]) + 2 / 3 * np.log(0.1 / 1.1)))
     slope = (1 + 2 * 10 * 0.5) / 0.5 / 4 * opened * (1 - opened)

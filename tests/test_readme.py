@@ -202,11 +202,10 @@ def sst2(method, v, lr):
     return mean("why/speed.tsv", "acc", script=method, layers="3", steps="10000", kept=v)
 
 
-def squad(method, v):
-    """Six layers, 2,800 steps: at 1e-4, and at 2e-4 where it was run."""
-    ours = dict(method=method, sparsity=v)
-    higher = [mean("squad_2800.tsv", **ours)] if scores("squad_2800.tsv", **ours) else []
-    return [mean("squad_gpu.tsv", **ours), *higher]
+def squad(method, v, lr):
+    """Six layers, 2,800 steps; "" where it was not run."""
+    name = {"1e-4": "squad_gpu.tsv"}.get(lr, "squad_2800.tsv")
+    return mean(name, method=method, sparsity=v) if scores(name, method=method, sparsity=v) else ""
 
 
 def floor(data, task):
@@ -216,43 +215,44 @@ def floor(data, task):
 def front_row(beginning):
     """The cells of a line of the table of scores, which stands below the table of methods."""
     *_, line = [line for line in README.split("\n") if line.startswith(beginning)]
-    return [cell.strip() for cell in line.split("|")[1:-1]]
+    return [cell.strip() for cell in line.split("|")[1:-1]][1:]
 
 
 def front_cells(method, ten, three):
     """SQuAD, SST-2 and mini; ten, three: the fractions kept as the rows write them."""
-    return [" / ".join(squad(method, ten)),
-            f"{sst2(method, ten, '3e-5')} / {sst2(method, ten, '2e-4')}",
-            f"{mini(method, three)} / {mini(method, three, '2e-3')}"]
+    return [*(squad(method, ten, lr) for lr in ("1e-4", "2e-4")),
+            *(sst2(method, ten, lr) for lr in ("3e-5", "2e-4")),
+            *(mini(method, v, lr) for v in (ten, three) for lr in ("5e-4", "2e-3"))]
 
 
-@pytest.mark.parametrize("method", METHODS[:-1])
-def test_front_table(method):
-    _, ten, three, *ours = front_row(f"| `{method}.py`")
-    assert ours == front_cells(method, "0.1", "0.03")
-    papers = ["magnitude", "l0", "mvp", "soft_mvp"]         # the columns of RESULTS' table
-    for score, v in ((ten, "10"), (three, "3")):
-        table = re.search(rf"(?m)^\| SQuAD, {v} % \| (.*) \|$", RESULTS)[1].split(" | ")
-        f1 = dict(zip(papers, (cell.split(" / ")[1] for cell in table)))
-        assert score == f1.get(method, "")
+def test_front_table():
+    """The cells, and the bold ones: the best of each column, and those level with it."""
+    shown = [front_row(f"| `{method}.py`") for method in METHODS[:-1]]
+    for method, cells in zip(METHODS, shown):
+        assert [cell.strip("*") for cell in cells] == front_cells(method, "0.1", "0.03")
+    for column, n in zip(zip(*shown), [10_570] * 2 + [872] * 2 + [600] * 4):
+        bold = {cell for cell in column if cell.startswith("**")}
+        best, *others = sorted((float(cell.strip("*")) for cell in column if cell), reverse=True)
+        level = [x for x in others
+                 if best - x < 2 * ((best * (100 - best) + x * (100 - x)) / n) ** 0.5]
+        assert bold == {f"**{x:.1f}**" for x in [best, *level]}
+    assert front_row("| dense") == front_cells("magnitude", "1", "1")
+    real = [floor("real", "squad")] * 2 + [floor("real", "sst2")] * 2
+    assert front_row("| floor") == [*real, *[floor("mini", "squad")] * 4]
 
 
-def test_front_table_dense_and_floor():
-    assert front_row("| dense")[3:] == front_cells("magnitude", "1", "1")
-    real = floor("real", "squad")
-    assert front_row("| floor")[1:] == [
-        real, real, real, floor("real", "sst2"), floor("mini", "squad")]
+def test_the_papers_scores():
+    """README's F1, from the table of EM / F1 on the page of results."""
+    for v in ("10", "3"):
+        cells = re.search(rf"(?m)^\| SQuAD, {v} % \| (.*) \|$", RESULTS)[1].split(" | ")
+        magnitude, l0, movement, soft = (cell.split(" / ")[1] for cell in cells)
+        assert f"| {v} % | {magnitude} | {movement} | {soft} | {l0} |" in README
 
 
 def test_below_the_table():
     text = " ".join(README.split("## Which one")[1].split("## What we found")[0].split())
-    magnitude, soft, mgpp = [mean("squad11.tsv", method=method, sparsity="0.3")
-                             for method in ("magnitude", "soft_mvp", "mgpp")]
-    assert f"{magnitude} to {soft} after 800 steps, where `mgpp.py` has {mgpp};" in text
-    magnitude, soft = [mean("squad_10000.tsv", method=method, sparsity="0.3")
-                       for method in ("magnitude", "soft_mvp")]
-    assert f"{magnitude} to {soft} after 10,000, with fewer layers" in text
-    assert f"it has F1 {mini('rpp', '0.1')} and {mini('rpp', '0.03')} on mini" in text
+    assert f"it has F1 {mini('rpp', '0.1')} on mini with 10 % kept" in text
+    assert f"and {mini('rpp', '0.03')} with 3 %." in text
     default = importlib.import_module("rpp").MINI["pretrain"]["steps"]
     rows = (ROOT / "results" / "mini.tsv").read_text().splitlines()
     for v in ("0.1", "0.03"):
@@ -263,42 +263,28 @@ def test_below_the_table():
 def test_findings():
     """Each figure of the front page's findings, in its sentence."""
     text = " ".join(README.split("## What we found")[1].split("## How to read")[0].split())
-    low, high = [[mini(method, "0.03", lr) for method in ("soft_mvp", "magnitude", "mgpp")]
-                 for lr in ("5e-4", "2e-3")]
-    assert f"at 5e-4, soft movement has F1 {low[0]} and magnitude {low[1]}." in text
-    assert f"they have {high[0]} and {high[1]}, and MGPP rises from {low[2]} to {high[2]}" in text
-    gains = []
-    for method in ("magnitude", "mgpp", "soft_mvp"):
-        rows = dict(script=method, layers="3", steps="10000", kept="0.1")
-        before = np.mean(scores("why/speed.tsv", "acc", **rows))
-        after = np.mean(scores("sst2_10000.tsv", method=method, sparsity="0.1"))
-        gains.append(f"{after - before:.1f}")
-    assert "magnitude and MGPP gain {} and {} points from 3e-5 to 2e-4, soft movement {}.".format(
-        *gains) in text
-    best = [max((mini(method, "0.03", lr) for lr in ("5e-4", "1e-3", "2e-3", "4e-3")), key=float)
-            for method in ("soft_mvp", "mgpp", "l0", "mvp", "magnitude")]
-    assert "rates: soft movement {}, MGPP {}, L0 {}, movement {}, magnitude {} (".format(
-        *best) in text
-    soft, magnitude, mgpp = [" and ".join(squad(method, "0.1"))
-                             for method in ("soft_mvp", "magnitude", "mgpp")]
-    assert f"it has {soft} at two rates, magnitude {magnitude}. MGPP has {mgpp}." in text
+
+    def lead(v, lr):
+        soft, magnitude = (float(mini(name, v, lr)) for name in ("soft_mvp", "magnitude"))
+        return f"{soft - magnitude:.1f}"
+
+    assert f"by {lead('0.1', '5e-4')} points with 10 % kept, and by {lead('0.03', '5e-4')}" in text
+    assert f"ahead by {lead('0.1', '2e-3')} and {lead('0.03', '2e-3')}." in text
     own, soft = [mean("why/lent.tsv", "lender_F1", lender=lender, lender_lr="0.0005")
                  for lender in ("magnitude", "soft_mvp")]
     borrowed = mean("why/lent.tsv", "F1", lender="soft_mvp", lender_lr="0.0005", lr="0.0005")
-    assert f"`magnitude.py` has {own}." in text
-    assert f"it has {borrowed}, as soft movement itself: {soft} (" in text
-    apart = [mini(method, "0.03", "2e-3", seed="0") for method in
-             ("mgpp", "mgpp_L2", "mgpp_no_prior", "magnitude", "magnitude_global")]
-    pulled = [mean("default.tsv", method=method, sparsity="0.03") for method in ("l2", "l2_global")]
-    assert "with both {}, with the weak one alone {}, with neither {}.".format(*apart) in text
-    assert "has {}; with one ranking of all matrices {}, with [plain L2]".format(*apart[3:]) in text
-    assert "(examples/exercises.md) {}, with both {}.".format(*pulled) in text
-    stated = re.findall(r"([\d.]+) after ([\d,]+)", text)
-    assert len(stated) >= 3
+    assert f"`magnitude.py` has F1 {own}, and {borrowed} when it prunes" in text
+    assert f"Soft movement itself has {soft}." in text
+    apart = [mini(method, "0.03", "2e-3", seed="0")
+             for method in ("mgpp", "mgpp_L2", "mgpp_no_prior", "magnitude")]
+    pulled = mean("default.tsv", method="l2_global", sparsity="0.03")
+    assert "it has {}, with the weak one alone {}, with neither {}.".format(*apart) in text
+    assert f"`magnitude.py` has {apart[3]}, and {pulled} with one ranking" in text
+    stated = re.findall(r"([\d.]+) (?:\(chance\) )?after ([\d,]+)", text)
+    assert len(stated) == 3
     for accuracy, steps in stated:
         assert accuracy == mean("why/speed.tsv", "acc", script="mvp", layers="3", kept="0.1",
                                 steps=steps.replace(",", ""), seed="0")
-    assert f"(a bag of words: {floor('real', 'sst2')})" in text
 
 
 def test_findings_of_the_results_page():

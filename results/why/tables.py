@@ -1,8 +1,8 @@
-"""Puts the tables into results/README.md and results/why/README.md, from rows in .tsv files.
+"""Puts the tables into README.md and the two pages of results, from rows in .tsv files.
 
     python results/why/tables.py
 
-In a page a table stands between the marks <!-- NAME --> and <!-- /NAME -->. A test holds that both
+In a page a table stands between the marks <!-- NAME --> and <!-- /NAME -->. A test holds that the
 pages are what this script makes of them.
 """
 import ast
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 RESULTS = Path(__file__).resolve().parent.parent
-PAGES = [RESULTS / "README.md", RESULTS / "why" / "README.md"]
+PAGES = [RESULTS.parent / "README.md", RESULTS / "README.md", RESULTS / "why" / "README.md"]
 sys.path.insert(0, str(RESULTS))
 import grid  # noqa: E402
 
@@ -96,28 +96,67 @@ def by_rate():
         if row["task"] == "squad":
             score = grid.score("squad", row["scores"])
             add("mini", row["sparsity"], "5e-4", row["method"], score)
-    for row in read("mini_lr.tsv"):
-        method, lr = row["method"].rsplit("_", 1)
-        add("mini", row["sparsity"], lr, method, grid.score("squad", row["scores"]))
-    for name in ("squad_gpu", "squad_2800", "sst2_10000"):
+    for name in ("mini_lr", "squad_gpu", "squad_2800", "sst2_10000"):
         for row in read(f"{name}.tsv"):
             task = row["task"]
-            lr = re.search(r"--lr (\S+)", row["command"])[1]
-            add(task, row["sparsity"], lr, row["method"], grid.score(task, row["scores"]))
+            if name == "mini_lr" and task != "squad":
+                continue
+            lr = re.findall(r"--lr (\S+)", row["command"])[-1]         # the last one counts
+            add("mini" if name == "mini_lr" else task, row["sparsity"], lr,
+                row["method"].removesuffix(f"_{lr}"), grid.score(task, row["scores"]))
     for row in read("why/speed.tsv"):
         if (row["layers"], row["steps"]) == ("3", "10000"):
             add("sst2", row["kept"], "3e-5", row["script"], float(row["acc"]))
     return runs
 
 
-def rates():
-    """Mini's questions, 3 % kept, at four learning rates: F1."""
+def front():
+    """The table of the front page; bold: the best pruned one and those level with it."""
     runs = by_rate()
-    rates = ("5e-4", "1e-3", "2e-3", "4e-3")
-    lines = [["dense", *(grid.mean(runs["mini", "1", lr, "dense"]) for lr in rates)]]
-    for method in [*grid.FINE_TUNED, "magnitude_global", "mgpp_L2", "mgpp_no_prior"]:
-        lines.append([method, *(grid.mean(runs.get(("mini", "0.03", lr, method))) for lr in rates)])
-    return markdown(["", *(f"3 %, {lr}" for lr in rates)], lines)
+    columns = [("squad", "0.1", lr) for lr in ("1e-4", "2e-4")]
+    columns += [("sst2", "0.1", lr) for lr in ("3e-5", "2e-4")]
+    columns += [("mini", v, lr) for v in ("0.1", "0.03") for lr in ("5e-4", "2e-3")]
+    names = {"squad": "SQuAD", "sst2": "SST-2", "mini": "mini"}
+    header = ["", *(f"{names[data]}, {100 * float(v):g} %" for data, v, _ in columns)]
+    lines = [["learning rate", *(lr for *_, lr in columns)]]
+    lines += [[f"`{method}.py`"] for method in grid.FINE_TUNED]
+    lines += [["dense: nothing pruned"], ["floor: understands nothing"]]
+    for data, v, lr in columns:
+        scores = [runs.get((data, v, lr, method)) for method in grid.FINE_TUNED]
+        scores = [np.mean(score) if score else np.nan for score in scores]
+        n = {"squad": 10_570, "sst2": 872, "mini": 600}[data]           # dev examples
+        best = np.nanmax(scores)
+        for line, x in zip(lines[1:], scores):
+            error = sum(y * (100 - y) / n for y in (best, x)) ** 0.5
+            level = best - x < 2 * error
+            line.append("" if np.isnan(x) else f"**{x:.1f}**" if level else f"{x:.1f}")
+        dense = runs.get((data, "1", lr, "dense"))
+        lines[-2].append(f"{np.mean(dense):.1f}" if dense else "")
+        world, task = ("mini", "squad") if data == "mini" else ("real", data)
+        lines[-1].append(f"{grid.floor(world, task):.1f}")
+    return markdown(header, lines)
+
+
+def rates(data, columns, methods):
+    """Scores at several learning rates. columns: [(fraction kept, learning rate)]"""
+    runs = by_rate()
+    lines = [["dense", *(grid.mean(runs.get((data, "1", lr, "dense"))) for _, lr in columns)]]
+    for method in methods:
+        lines.append([method, *(grid.mean(runs.get((data, v, lr, method))) for v, lr in columns)])
+    return markdown(["", *(f"{100 * float(v):g} %, {lr}" for v, lr in columns)], lines)
+
+
+def mini_rates():
+    """Mini's questions: F1."""
+    columns = [("0.1", "5e-4"), ("0.1", "2e-3")]
+    columns += [("0.03", lr) for lr in ("5e-4", "1e-3", "2e-3", "4e-3")]
+    others = ["mvp_global", "magnitude_global", "mgpp_L2", "mgpp_no_prior"]
+    return rates("mini", columns, [*grid.FINE_TUNED, *others])
+
+
+def squad_rates():
+    """SQuAD, six layers, 2,800 steps: F1."""
+    return rates("squad", [("0.1", lr) for lr in ("1e-4", "2e-4")], grid.FINE_TUNED)
 
 
 def order():
@@ -312,10 +351,10 @@ def spike():
 
 
 TABLES = {
-    "floors": floors, "mini_lr": rates, "order": order, "generate": generation,
-    "map": map_of_speed, "probes": probes, "what helps": what_helps, "wait": wait,
-    "penalty": penalty, "why/wait": waits, "ranking": ranking, "moved": moved, "lent": lent,
-    "spike": spike, "cost": cost,
+    "scores": front, "floors": floors, "mini_lr": mini_rates, "squad_2800": squad_rates,
+    "order": order, "generate": generation, "map": map_of_speed, "probes": probes,
+    "what helps": what_helps, "wait": wait, "penalty": penalty, "why/wait": waits,
+    "ranking": ranking, "moved": moved, "lent": lent, "spike": spike, "cost": cost,
 }
 
 
