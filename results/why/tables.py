@@ -119,10 +119,10 @@ def front():
     names = {"squad": "SQuAD", "sst2": "SST-2", "mini": "mini"}
     header = ["", *(f"{names[data]}, {100 * float(v):g} %" for data, v, _ in columns)]
     lines = [["learning rate", *(lr for *_, lr in columns)]]
-    lines += [[f"`{method}.py`"] for method in grid.FINE_TUNED]
+    lines += [[f"`{method}.py`"] for method in grid.METHODS]
     lines += [["dense: nothing pruned"], ["floor: understands nothing"]]
     for data, v, lr in columns:
-        scores = [runs.get((data, v, lr, method)) for method in grid.FINE_TUNED]
+        scores = [runs.get((data, v, lr, method)) for method in grid.METHODS]
         scores = [np.mean(score) if score else np.nan for score in scores]
         n = {"squad": 10_570, "sst2": 872, "mini": 600}[data]           # dev examples
         best = np.nanmax(scores)
