@@ -5,11 +5,11 @@ arXiv 2005.07683. Official code: AMLab-Amsterdam/L0_regularization, at 39a5fe6, 
 huggingface/transformers-research-projects, movement-pruning, at fccd0cdab0.
 
 We would like to minimise the number of weights that are not 0, but a count has no gradient. So each
-weight is multiplied by a random gate z. A learned score S, the paper's log alpha, sets the
-probability that the gate is open (z > 0). This probability has a gradient, and is penalised: the
-penalty pushes all scores down (later also up, if too little is kept). Where dL/dW' * W is negative,
-more of W would lower the loss, and the loss's gradient pushes S up. Weights stay where this push
-outweighs the penalty.
+weight is multiplied by a random gate z. A learned score S, the log alpha of Louizos et al., sets
+the probability that the gate is open (z > 0). This probability has a gradient, by which a penalty
+pushes all scores down (by default later also up, where too little is kept). Where dL/dW' * W is
+negative, more of W would lower the loss, and the loss's gradient pushes S up. Weights stay where
+this push outweighs the penalty.
 
     q  = sigmoid((y + S) / beta)             y: logistic noise, drawn anew at each step
     z  = clamp(q (zeta - gamma) + gamma, 0, 1)      q stretched to (gamma, zeta), then cut
@@ -20,12 +20,12 @@ outweighs the penalty.
     gradient of W: dL/dW' * z    gradient of S: dL/dW' * W * dz/dS, plus the penalty's
 
     W, L         as in magnitude.py: a weight matrix (out, in), and the loss
-    S            scores, (out, in), 2.197 at the start: q without noise is 0.9 there, and P is 0.98
+    S            scores, (out, in), 2.197 at the start, where sigmoid(S) is 0.9 and P is 0.98
     beta         temperature, 2/3: the smaller it is, the more draws of z are exactly 0 or 1
     gamma, zeta  -0.1 and 1.1
     v            fraction to keep at this step: falls from 1 to --sparsity, the fraction KEPT in the
                  end, by schedule()
-    share        fraction of all prunable weights whose gate is open without noise (S > -2.398)
+    share        fraction of all prunable weights with S > -2.398: open in counting and saving
     h            share / v - 1, how far share is above v, relative to v (`excess` in the code). A
                  count has no gradient, so the backward pass uses the gradient of E / v
     mu1, mu2     what h and h^2 weigh, 0 at the start. After each step mu1 += 2 h, mu2 += 60 h^2
@@ -44,10 +44,10 @@ runs on SQuAD, without a teacher, a LAMBDA of 175 kept 9.8 %, and 600 kept 2.9 %
 choose the fraction kept, and two multipliers steer share to v, as in the augmented Lagrangian of
 Wang, Wohlwend and Lei 2020, arXiv 1910.04732. mu1 grows while share is above v and falls while it
 is below. mu2 h^2 presses harder the larger the gap is; together they push a score with the gradient
-of E times (mu1 + 2 mu2 h) / v. Three things are not from that paper: v falls by magnitude.py's
-cubic, h is relative to v, and the step sizes are 2 and 60. The step sizes are so large because E's
-gradient in one of N scores is below 1 / N: times the multipliers, it has to hold its own against
-the loss's gradient in that score, and against Adam's eps.
+of E times (mu1 + 2 mu2 h) / v. Ours: h counts gates and is relative to v, v falls by magnitude.py's
+cubic, and the step sizes are 2 and 60. They are so large because E's gradient in one of N scores is
+below 1 / N: times the multipliers, it has to hold its own against the loss's gradient in that
+score, and against Adam's eps.
 
 Unlike in mvp.py, the gate is random and takes any value from 0 to 1, the threshold is fixed, and no
 matrix has a count of its own: any may lose all its weights. Louizos et al. have one gate per input
@@ -189,7 +189,8 @@ class Gated(nn.Module):
         self.register_buffer("noise", torch.zeros_like(weight), persistent=False)   # (out, in)
 
     def forward(self, weight):
-        # No noise under no_grad: in common.count_kept, and to save W * z. (If you add gradient
+        # No noise under no_grad: in common.count_kept, and to save W * z. (Both come while the
+        # model is in train mode, so self.training could not tell.) (If you add gradient
         # checkpointing, set use_reentrant=False. Otherwise its first pass runs without gradients,
         # and so without noise.)
         return weight * gate(self.scores, self.noise if torch.is_grad_enabled() else None)
@@ -225,9 +226,9 @@ def close_gap(scores, v):
 # </method>
 
 # <method: hyper-parameters>
-# Under paper, all values of squad, mnli and qqp, those taken over from MINI too, are the authors',
-# from their run sheet and scripts, unless a comment says that they are ours. Those of the other
-# tasks, and of mini, are ours. "*" holds for all tasks; a task's own values override it.
+# Under paper, the values of squad, mnli and qqp (also where inherited from MINI) are Sanh et al.'s,
+# from their run sheet and scripts, unless marked as ours. Those of the other tasks, and of mini,
+# are ours. "*" holds for all tasks; a task's own values override it.
 # In the authors' L0 runs t_i and t_f do nothing, as lambda is constant there; here they shape v.
 MINI = dict(
     model=str(common.MINI / "bert"),
@@ -429,8 +430,8 @@ def main(args):
     scores = [m.scores for m in gated]                  # S: (out, in) each
     # In mvp.py only the order of the scores counts. Here their values count: the threshold is
     # fixed, and to shut its gate a score has to fall from 2.197 to -2.398 within the run. So the
-    # rate is ten times mvp.py's (except on QQP in the paper preset). Weight decay would pull all
-    # scores to 0, where gates are open: keep it at 0 where you copy this slot.
+    # rate is ten times mvp.py's (but on the real QQP, a long run, the same). Weight decay would
+    # pull all scores to 0, where gates are open: keep it at 0 where you copy this slot.
     groups.append({"params": scores,
                    "lr": args.score_lr, "initial_lr": args.score_lr, "weight_decay": 0.0})
     # The multipliers are tensors, so that Python need not wait for their values in any step. They
@@ -480,7 +481,7 @@ def main(args):
             group["lr"] = group["initial_lr"] * factor
 
         # The slots set v, the fraction to keep now (logged as "goal"), and penalty, added to the
-        # loss; a slot outside the loop sets goal, the fraction to keep in the end. None: no goal.
+        # loss; outside the loop a slot sets goal, the fraction kept in the end. Both may be None.
         # <method: before forward>
         # Noise before the forward pass: this step's loss is that of one draw of gates. The draw
         # depends on (seed, step) alone, so it is the same in all processes and in a resumed run. On
@@ -501,7 +502,7 @@ def main(args):
         # If you accumulate gradients, add the penalty once per step, not once per micro-batch.
         expected = expected_l0(scores)                  # E
         if args.penalty is not None:
-            penalty = args.penalty * expected           # E itself: no estimate is needed
+            penalty = args.penalty * expected           # E has a gradient of its own
             v = None                                    # an outcome, not a goal
         else:
             # A straight-through estimate: the forward pass uses a count, and the backward pass uses

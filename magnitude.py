@@ -22,26 +22,27 @@ small weight adds little to a layer's output, so little is lost without it.
                  t_f are fractions of the run, 0.05 and 0.3 in the mini preset
     dL/dW'       gradient of the loss L with respect to W'
 
-Can a masked weight come back? Within a step M is a constant, so by the chain rule
-dL/dW = dL/dW' * M: a masked weight gets no gradient, and stands still once Adam's momentum has
-faded (weight decay is off). From then on it comes back only if kept weights shrink below it. But
-while v falls, the |W| that it takes to be kept rises, so few weights come back.
+Can a masked weight come back? Within a step M is a constant, so by the chain rule dL/dW = dL/dW' *
+M: a masked weight gets no gradient, and stands still once Adam's momentum has faded (weight decay
+is off). From then on it comes back only if kept weights shrink below it. But while v falls, the
+threshold on |W| rises, so few weights come back.
 
 The weakness: at a low learning rate fine-tuning hardly moves a weight, and what is large at the end
 was large after pre-training. So the task has little say in what is kept; mvp.py (movement pruning)
 gives it more. A higher --lr helps as well; it also trains the kept weights better. On the real
 SST-2 (a BERT of three layers, 10,000 steps, 10 % kept) the accuracy was 78.5 % at 3e-5 and 84.8 %
-at 2e-4, means of three seeds. (Nothing pruned: 86.7 % at 3e-5, and 87.8 % at 2e-4 in one seed.) Of
-the weights kept at the end, 94.5 and 83.8 % had been among the largest 10 % before fine-tuning
-(seed 0). On mini (see below) with 3 % kept F1 is about 26 at 5e-4, 79 at 2e-3, and 22 at 4e-3,
-which is too much. (5e-4, the preset's rate, suits the model without pruning.) The paper preset
-stays at the papers' low rates. (results/README.md; results/why/README.md)
+at 2e-4, means of three seeds. (Nothing pruned: 86.7 % at 3e-5; 87.8 % at 2e-4, one seed.) Of the
+weights kept, 94.5 % at 3e-5 and 83.8 % at 2e-4 had been among the largest 10 % before fine-tuning
+(seed 0). On mini, the small made-up world in mini/, with 3 % kept F1 is about 26 at 5e-4, 79 at
+2e-3, and 22 at 4e-3, which is too much. (5e-4 is the preset's rate because it suits the model
+without pruning. To prune, give 2e-3.) The paper preset stays at the papers' low rates.
+(results/README.md; results/why/README.md)
 
 --sparsity is elsewhere often the fraction pruned; here 0.03 keeps 3 %. --sparsity 1 masks nothing:
 this dense run is the baseline, and its folder can be the --teacher of another run.
---scope global ranks the weights of all matrices together. The official code also counts biases and
-LayerNorm, as kept: our 3.00 % is 3.14 % there. Sanh et al. write that masked weights keep learning;
-in their code, which we follow, they do not.
+--scope global ranks the weights of all matrices together. The official count includes biases and
+LayerNorm, all kept: our 3.00 % is 3.14 % there. Sanh et al. write that masked weights keep
+learning; in their code, which we follow, they do not.
 
     python magnitude.py --task squad --sparsity 0.1
 
@@ -185,9 +186,9 @@ def magnitudes(layers):
 # </method>
 
 # <method: hyper-parameters>
-# Under paper, all values of squad, mnli and qqp, those taken over from MINI too, are the authors',
-# from their run sheet and scripts, unless a comment says that they are ours. Those of the other
-# tasks, and of mini, are ours. "*" holds for all tasks; a task's own values override it.
+# Under paper, the values of squad, mnli and qqp (also where inherited from MINI) are Sanh et al.'s,
+# from their run sheet and scripts, unless marked as ours. Those of the other tasks, and of mini,
+# are ours. "*" holds for all tasks; a task's own values override it.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
@@ -214,7 +215,7 @@ HYPER = {
         "squad": dict(epochs=10, batch_size=16, length=384,
                       warmup=0.1, t_i=0.1, t_f=0.2),
         "mnli": dict(warmup=0.16, t_i=0.16, t_f=0.16),
-        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1, t_i=0.2, t_f=0.3)  # 3e-6: theirs
+        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1, t_i=0.2, t_f=0.3)  # yes, 3e-6
     }
 }
 # </method>
@@ -421,7 +422,7 @@ def main(args):
             group["lr"] = group["initial_lr"] * factor
 
         # The slots set v, the fraction to keep now (logged as "goal"), and penalty, added to the
-        # loss; a slot outside the loop sets goal, the fraction to keep in the end. None: no goal.
+        # loss; outside the loop a slot sets goal, the fraction kept in the end. Both may be None.
         # <method: before forward>
         # Masks first, so that this step's loss and gradients are those of the pruned network.
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)

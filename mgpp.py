@@ -47,18 +47,18 @@ Does the spike help? Not in our runs. On mini's squad (the made-up questions in 
 kept and lr 5e-4, F1 is 81.6 (82, 79, 83) with the spike and 87.0 (87, 87, 88) with --mix 1, plain
 L2; three seeds each, on one machine. With 3 % kept, and on the real SST-2 (one seed), we saw no
 clear difference. In the mini run that we looked into, the spike hardly holds weights in the first
-half, since a step is longer than the spike is wide. Instead it throws some out: between two
-zeroings up to 1 % of all weights move by more than ten lr. A weight that ends a step inside the
-spike, and not at 0, gets one huge gradient. AdamW answers with a step of one to two lr, past 0, and
-momentum carries the weight on, about ten times as far in all. Towards the end the spike does hold
-weights: steps get short, as lr falls and as AdamW's second moment still remembers the huge
-gradients. Which of these costs the five points, if any, we have not tested.
+half, since a step goes beyond its edge. Instead it throws some out: between two zeroings up to 1 %
+of all weights move by more than ten lr. A weight that a step leaves inside the spike, but not at 0,
+gets one huge gradient. AdamW answers with a step of one to two lr, past 0, and momentum makes that
+about ten times as long. Towards the last zeroing the spike does hold weights: steps get short, as
+lr falls and as AdamW's second moment still remembers the huge gradients. Which of these costs the
+five points, if any, we have not tested.
 
 What does help is the slab, weak as its pull is. On mini with 3 % kept and --lr 2e-3, seed 0, F1 is
 93.1 with spike and slab, 92.5 with the slab alone (--mix 1), and 78.6 without a prior (--mix 1
---slab 1e9). At 5e-4, mini's own rate, all three are lower, the last one most by far. Our reading:
-AdamW divides each step by the recent size of the gradients, so the pull shrinks those weights most
-that the loss hardly feels. (results/why/README.md)
+--slab 1e9). At 5e-4, mini's own rate, all three are lower; the last falls furthest by far. Our
+reading: AdamW divides each step by the recent size of the gradients, so the pull shrinks, and
+zeroing then removes, those weights most that the loss hardly feels. (results/why/README.md)
 
 Unlike magnitude.py: zeros are written into the weights, which go on learning; all matrices are
 always ranked together, a matrix may lose all its weights, and no gradient is clipped. Unlike the
@@ -70,8 +70,8 @@ binarizer.py: these belong to movement pruning's code (see magnitude.py).
     python mgpp.py --task squad --sparsity 0.1
 
 Without CUDA, this runs on the made-up data in mini/, where the F1 of a model without pruning is 99
-and that of a guesser 13.5. The last line begins (not on the machine of the means above, where seed
-0 has 82: processors round differently):
+and that of a guesser 13.5. The last line begins (above, seed 0 had F1 82 on another machine, where
+rounding differs):
 
     RESULT mgpp squad keeps 10.00% (prunes 90.00%) EM 76.8 F1 78.1 | 1000 steps ..
 """
@@ -106,7 +106,7 @@ import common
 # has to learn its task, and at the end the weights that are left get time to adapt.
 # Official: masked_run_squad.py, lines 72-92. There t_i and t_f are numbers of steps that do not
 # grow with the run, so a short run ends before pruning starts. (Under the paper preset t_f is 0
-# here, as in MGPP's own scripts. mini rests, as it does in the other five.) Only the cubic's shape
+# here, as in MGPP's own scripts. mini rests, as in the other five.) Only the cubic's shape
 # is used here: fraction_left, below, lets it fall from v_i to v_f.
 def schedule(step, steps, v_f, t_i, t_f):
     """v, the fraction to keep at a step, by eq. 5 of Sanh et al.
@@ -125,8 +125,8 @@ def schedule(step, steps, v_f, t_i, t_f):
 def fraction_left(step, steps, v_f, t_i, t_f, v_i):
     """v, the fraction left by a zeroing after `step` steps: from v_i at t_i down to v_f.
 
-    If v_i is below v_f, each zeroing leaves v_f. Before t_i it returns 1; that happens only in a
-    run whose cubic part is shorter than a step.
+    If v_i is below v_f, each zeroing leaves v_f. 1 before t_i: a zeroing comes that early only if
+    the cubic part is shorter than a step.
     """
     if step < t_i * steps:
         return 1.0
@@ -224,9 +224,9 @@ def zero_smallest(weights, v):
 # </method>
 
 # <method: hyper-parameters>
-# The values of mini are ours. Under paper, those of the tasks that have a line of their own below
-# are the paper's, from its table and the author's scripts; those of the other tasks are ours. "*"
-# holds for all tasks; a task's own values override it.
+# Under paper, the values of a task that has a line of its own below (also where inherited) are the
+# paper's, from its table and the author's scripts. Those of the other tasks, and of mini, are ours.
+# "*" holds for all tasks; a task's own values override it.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
@@ -236,8 +236,8 @@ MINI = dict(
     lr_end=0.0,                     # the fraction of its peak that is left after the last step
     clip=1e30,                      # so high that nothing is clipped
     t_i=0.05, t_f=0.3,              # fractions of the run: before the first zeroing, after the last
-    # v_i: fraction left by the first zeroing. spike, slab: variances. interval: steps from one
-    # zeroing to the next. adam: AdamW's betas and eps; on mini, and for squad under paper, torch's
+    # v_i: fraction left by the first zeroing. spike, slab: variances. interval: zeroings come at
+    # its multiples. adam: AdamW's betas and eps; on mini, and for squad under paper, torch's
     # defaults, as in the other five scripts. (A list, because --resume compares them with JSON's.)
     v_i=0.7, spike=1e-10, slab=0.05, interval=10, adam=dict(betas=[0.9, 0.999], eps=1e-8)
 )
@@ -306,7 +306,7 @@ def flags():
     add("--mix", type=number(float, high=1), help="lam, constant; 1: plain L2")
     add("--spike", type=number(float), help="variance of the spike")
     add("--slab", type=number(float), help="variance of the slab")
-    add("--interval", type=number(int), help="steps between two zeroings")
+    add("--interval", type=number(int), help="weights are zeroed at its multiples")
     # </method>
     return parser
 
@@ -426,7 +426,7 @@ def main(args):
     if not layers:
         raise SystemExit("the model has no matrix to prune: give another --model")
     weights = [layer.weight for layer in layers.values()]   # W: (out, in) each, pruned in place
-    groups[0] |= args.adam                                  # betas and eps
+    groups[0] |= args.adam                  # betas and eps: a group's win over the optimizer's
     begin = math.ceil(args.t_i * args.steps)                # steps done at the first zeroing
     end = round((1 - args.t_f) * args.steps)                # and at the last
     # </method>
@@ -469,13 +469,13 @@ def main(args):
             group["lr"] = group["initial_lr"] * factor
 
         # The slots set v, the fraction to keep now (logged as "goal"), and penalty, added to the
-        # loss; a slot outside the loop sets goal, the fraction to keep in the end. None: no goal.
+        # loss; outside the loop a slot sets goal, the fraction kept in the end. Both may be None.
         # <method: before forward>
         # Only decided here, for the slots below; the zeroing comes after the optimizer's step.
         t = step + 1                                        # steps done by then
         pulls = t <= end                                    # up to the last zeroing
         due = t in (begin, end) or (begin < t < end and t % args.interval == 0)
-        v = None            # no zeroing after this step: nearly all weights are nonzero then
+        v = None            # no zeroing after this step, so no fraction to reach now
         if due or not pulls:                                # not pulls: only for the log
             v = fraction_left(t, args.steps, args.sparsity, args.t_i, args.t_f, args.v_i)
         # </method>
@@ -494,7 +494,8 @@ def main(args):
         # The pull joins dL/dW before the optimizer, so it enters AdamW's moments together with the
         # loss's gradient. (AdamW's own weight decay would bypass them.) Adding the penalty
         # -(sum of log pi(w)) / n to the loss would do the same; adding its gradient is shorter.
-        # The pull ends with the last zeroing (ours; in the paper that is the end of the run).
+        # The pull ends with the last zeroing, since zeros are held from then on (ours: the paper's
+        # run ends there).
         # Nothing is clipped (clip is 1e30): the pull is large, and clipping would shrink the loss's
         # gradient together with it.
         if pulls:
@@ -504,7 +505,7 @@ def main(args):
                 pull = prior_gradient(w.detach(), lam, args.spike, args.slab)
                 w.grad.add_(pull, alpha=1 / len(data.train))                    # 1 / n
         else:
-            remains = [w != 0 for w in weights]             # for "after step": AdamW moves zeros
+            remains = [w != 0 for w in weights]             # for "after step": AdamW moves the 0s
         # </method>
 
         nn.utils.clip_grad_norm_(parameters, args.clip)     # one norm of all gradients

@@ -16,7 +16,7 @@ are ranked together.)
 
     W, v, L      as in magnitude.py: a weight matrix (out, in); the fraction kept, which falls from
                  1 to --sparsity (also a fraction KEPT) while the model is fine-tuned; the loss
-    S            the scores of W's weights, (out, in), 0 at the start, learned at --score_lr
+    S            the scores of W's weights, (out, in), 0 at the start, trained by Adam
 
 Where dL/dW' * W is negative, a step of gradient descent moves a kept W away from 0, and raises S.
 Where it is positive, the step moves W towards 0, and lowers S. The belief behind it: a weight that
@@ -30,11 +30,11 @@ magnitude.py. All else is identical: diff the two files. The official code can a
 at values other than 0; this file cannot.
 
 The paper has movement ahead of magnitude where few weights are kept: with BERT-base on SQuAD F1
-81.7 against 78.5 with 10 % kept, and 76.3 against 54.5 with 3 %. But it can collapse, in short runs
-and in deep models: it ends at chance or not far above. On the real SST-2 (a BERT of three layers,
-10 % kept, seed 0) a run of 1,000 steps at --lr 3e-5 ended at chance, with an accuracy of 50.9 %.
-Runs of 10,000 steps, of the same seed, did not collapse. But they are ahead of magnitude.py only at
-the low rate, and level with a bag of words, which needs no BERT and has 81.9 %:
+81.7 against 78.5 with 10 % kept, and 76.3 against 54.5 with 3 %. But in short runs and in deep
+models it can collapse, and end at chance or not far above. On the real SST-2 (a BERT of three
+layers, 10 % kept, seed 0) a run of 1,000 steps at --lr 3e-5 ended at chance, with an accuracy of
+50.9 %. Runs of 10,000 steps, of the same seed, did not collapse. But they beat magnitude.py only at
+the low rate, and they only equal a bag of words, which needs no BERT and has 81.9 %:
 
     --lr     mvp.py     magnitude.py
     3e-5     81.3 %     78.4 %
@@ -42,13 +42,14 @@ the low rate, and level with a bag of words, which needs no BERT and has 81.9 %:
 
 Our reading of why it collapses: scores tell how steadily the loss asks for a larger |W|, and hardly
 how much it needs W, because Adam divides the size out (see StraightThrough). So a large and useful
-W can be masked. (magnitude.py masks only the smallest of those that are left.) The model loses much
-in one step, and must repair that before more weights are masked.
+W can be masked. (magnitude.py masks only the smallest weights still kept.) The model loses much in
+one step, and must repair that before more weights are masked.
 
 What helped: more --steps (with three layers; six still collapsed in 20,000), a --model of fewer
-layers, and, in most runs, soft_mvp.py instead. To prune later may help as well: on mini's squad
-with 10 % kept, one seed of ten collapsed with --t_i 0.05 (pruning begins after 5 % of the steps),
-and none with 0.3. The measurements are in results/why/README.md. The paper preset was not run here.
+layers, and, mostly, soft_mvp.py instead. To prune later may help as well: on mini's squad with 10 %
+kept, one seed of ten collapsed with --t_i 0.05 (pruning begins after 5 % of the steps), and none
+with 0.3. The measurements are in results/why/README.md. The paper preset, of twelve layers, was not
+run here.
 
     python mvp.py --task squad --sparsity 0.1
 
@@ -183,8 +184,8 @@ def update_masks(masked, scores, v, scope="local"):
 # at the threshold, where it is infinite. (Top_v also switches another weight off in return; that is
 # ignored.)
 #
-# Plain gradient descent at a constant rate lr_S would make S = -lr_S times the sum over all steps
-# of dL/dW' * W. We use Adam and a rate that rises and falls, as the paper does. Adam divides each
+# Plain gradient descent at a constant rate would make S = -rate times the sum over all steps of
+# dL/dW' * W. We use Adam and a rate that rises and falls, as the paper does. Adam divides each
 # step of a score by the recent size of its gradients: while they agree in sign, steps are about as
 # long as the rate, and where signs change, steps are short. So S tells how steadily the gradient
 # asked for a larger |W| (of a masked W: how steadily it asked to switch W on). It hardly tells by
@@ -199,7 +200,7 @@ class StraightThrough(torch.autograd.Function):
     """W' = W * M, with a backward pass that takes 1 for the slope of M in S."""
 
     @staticmethod
-    def forward(ctx, weight, scores, mask):             # scores: here for dL/dS
+    def forward(ctx, weight, scores, mask):             # scores: gets dL/dS
         ctx.save_for_backward(weight, mask)
         return weight * mask
 
@@ -223,9 +224,9 @@ class Masked(nn.Module):
 # </method>
 
 # <method: hyper-parameters>
-# Under paper, all values of squad, mnli and qqp, those taken over from MINI too, are the authors',
-# from their run sheet and scripts, unless a comment says that they are ours. Those of the other
-# tasks, and of mini, are ours. "*" holds for all tasks; a task's own values override it.
+# Under paper, the values of squad, mnli and qqp (also where inherited from MINI) are Sanh et al.'s,
+# from their run sheet and scripts, unless marked as ours. Those of the other tasks, and of mini,
+# are ours. "*" holds for all tasks; a task's own values override it.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
@@ -253,7 +254,7 @@ HYPER = {
         "squad": dict(epochs=10, batch_size=16, length=384,
                       warmup=0.1, t_i=0.1, t_f=0.2),
         "mnli": dict(warmup=0.16, t_i=0.16, t_f=0.16),
-        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1, t_i=0.2, t_f=0.3)  # 3e-6: theirs
+        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1, t_i=0.2, t_f=0.3)  # yes, 3e-6
     }
 }
 # </method>
@@ -425,7 +426,8 @@ def main(args):
     # --score_lr does not change the masks (but for rounding): scores start at 0, and Adam's steps
     # are proportional to the rate. So twice the rate gives twice the scores, in the same order, and
     # masks and gradients depend on the order alone. It is a flag because the paper has it, and
-    # soft_mvp.py and l0.py, where it matters, need it. Weight decay would make the scores
+    # soft_mvp.py and l0.py, where it matters, need it.
+    # Weight decay would make the scores
     # forget the early steps: keep it at 0 where you copy this slot.
     groups.append({"params": scores,
                    "lr": args.score_lr, "initial_lr": args.score_lr, "weight_decay": 0.0})
@@ -469,7 +471,7 @@ def main(args):
             group["lr"] = group["initial_lr"] * factor
 
         # The slots set v, the fraction to keep now (logged as "goal"), and penalty, added to the
-        # loss; a slot outside the loop sets goal, the fraction to keep in the end. None: no goal.
+        # loss; outside the loop a slot sets goal, the fraction kept in the end. Both may be None.
         # <method: before forward>
         # Masks first, so that this step's loss and gradients are those of the pruned network.
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)

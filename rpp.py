@@ -20,8 +20,8 @@ a weight that would cross 0 becomes 0:
 
 If f0 needs a weight, Adam pushes it back in the next step, as far as an Adam step reaches; if not,
 it slides to 0. Of weights that are pulled alike, one step removes the smallest. But every step
-shrinks them, and only those stay large that Adam pushes back. So the text has a say in what is
-kept.
+shrinks all weights, and only those stay large that Adam pushes back. So the text has a say in what
+is kept.
 
 Why "reweighted"? Pruning is divided into --rounds rounds of equal length. In the first, each
 alpha_i is 1. When round k ends, alpha_i becomes 1 / (|w_i|^p + eps): from then on small weights are
@@ -52,12 +52,12 @@ solve_gamma and --nip.)
 weights that are smallest, over all matrices together, in equal cuts ("stairs"), the last one where
 the rounds would end. In between nothing pulls on a weight. A removed weight stays 0. On mini's
 squad with 10 % kept and 2,000 steps of pre-training RPP has F1 65.2 (three seeds), NIP 30.7 (two).
-Run again, RPP has 64.8, and 53.7 if p is always 1 (three seeds each; the highest p, 5, is set in
-HYPER). --sparsity 1 (without --gamma) is the control: it trains on the text and prunes nothing.
+In a second series of runs RPP has 64.8, and 53.7 with p = 1 throughout (three seeds each).
+--sparsity 1 (without --gamma) is the control: it trains on the text and prunes nothing.
 
-The seconds of the RESULT line below do not include pre-training. A new run into the same folder
-deletes the old support; --nip and --gamma do not change the folder's name, so give them --out. The
-paper preset was run with fewer steps only.
+The seconds in the RESULT line do not include pre-training. A new run into the same folder deletes
+the old support; --nip and --gamma do not change the folder's name, so give them --out. The paper
+preset was run with fewer steps only.
 
     python rpp.py --task squad --sparsity 0.4
     python rpp.py --task mnli --sparsity 0.4 --support out/rpp-squad-0.4-s0    # another task
@@ -130,11 +130,11 @@ def largest_to_go(x, v):
 # hardly ever end at exactly 0. So Adam minimises f0 alone. Then a second, small problem lowers the
 # other term and stays near a, the point that Adam has reached (hence "proximal"):
 #     w = argmin_x (x - a)^2 / 2 + threshold |x|,  threshold = lr gamma alpha
-# (Strictly, lr here should be each weight's own step length, which under Adam differs from weight
-# to weight. We take lr for all.) The small problem has an exact solution. For x > 0 the slope,
-# x - a + threshold, is 0 at x = a - threshold, if that is above 0. For x < 0 the slope,
-# x - a - threshold, is 0 at a + threshold, if that is below 0. Where |a| <= threshold there is
-# neither: the minimum is the kink at 0.
+# (lr is there because it is the length of the first half's step. Under Adam that differs from
+# weight to weight; we take lr for all.) The small problem has an exact solution. For x > 0 the
+# slope, x - a + threshold, is 0 at x = a - threshold, if that is above 0. For x < 0 the slope, x -
+# a - threshold, is 0 at a + threshold, if that is below 0. Where |a| <= threshold there is neither:
+# the minimum is the kink at 0.
 def prox(a, threshold):
     """sign(a) max(|a| - threshold, 0): each element moves towards 0 and stops there. Same shape."""
     return a - a.clamp(-threshold, threshold)
@@ -573,7 +573,7 @@ def main(args):
             stairs = max(1, round((1 - args.sparsity) / 0.1))
         length = min(phase["length"], tokenizer.model_max_length)
         words = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
-        n_held = min(512, len(held_out))                    # pairs to draw
+        n_held = min(512, len(held_out))                    # pairs: one a document, about
         held_batches = []
         for i in range(0, n_held, 32):
             rng = np.random.default_rng([i])                # the same pairs whatever the seed
@@ -621,7 +621,7 @@ def main(args):
             if ended > ended_before:                        # one ends with this step
                 p = 1 if args.gamma else min(ended, phase["p"])
             gamma = 0.0
-            zeros = [w == 0 for w in weights]               # Adam moves these: `else` undoes it
+            zeros = [w == 0 for w in weights]               # before Adam moves them; used in `else`
             optimizer.step()                                # the first half: w becomes a
             with torch.no_grad():
                 if step < rounds_end and not args.nip:      # the second half, while rounds last
@@ -706,7 +706,7 @@ def main(args):
             group["lr"] = group["initial_lr"] * factor
 
         # The slots set v, the fraction to keep now (logged as "goal"), and penalty, added to the
-        # loss; a slot outside the loop sets goal, the fraction to keep in the end. None: no goal.
+        # loss; outside the loop a slot sets goal, the fraction kept in the end. Both may be None.
         # <method: before forward>
         v = goal                                        # nothing more is pruned
         # </method>

@@ -2,8 +2,8 @@
 
 Paper: Sanh, Wolf and Rush 2020, "Movement Pruning", arXiv 2005.07683, section 4.
 Official code: huggingface/transformers-research-projects, movement-pruning, at fccd0cdab0. There
-the penalty is called "l1". Here it is on with and without the flag --penalty; that flag, explained
-below, switches to the mask of the official code, "sigmoied_threshold" (sic).
+the penalty is called "l1". Here it is always on. The flag --penalty, explained below, sets its size
+and switches to the mask of the official code, "sigmoied_threshold" (sic).
 
 Read mvp.py first: each weight has a score, which rises while fine-tuning pushes that weight away
 from 0. This file ranks the scores of all matrices together (mvp.py's --scope global is the default
@@ -12,7 +12,8 @@ pushes all scores down. Under Adam, we think, the first scores to sink are then 
 whose removal would hardly change the loss of any batch: the comment above sigmoid_penalty says why.
 What the penalty buys: on SST-2 (six layers, 1,200 steps at lr 3e-5, 10 % kept, one seed) mvp.py
 falls to chance, 50.9 %; the same run with the penalty, each matrix still ranked by itself (--scope
-local), ends at 83.5 %. (A bag of words has 81.9 %. results/why/README.md)
+local), ends at 83.5 %. This file by default, ranking all together, ends at 81.8 % (three seeds),
+and a bag of words has 81.9 %. (results/README.md, results/why/README.md)
 
     M  = 1 for round(v N) of all N scores (first the best 0.5 % of each matrix, or v, if that is
          smaller; then the highest of all others), else 0
@@ -26,16 +27,16 @@ local), ends at 83.5 %. (A bag of words has 81.9 %. results/why/README.md)
     K            number of matrices (72 in BERT-base); n: weights in one of them; N: in all of them
     r            (`ramp` in the code) how far pruning has come: 0 before it, 1 after it, by the same
                  cubic for every v_f. v = 1 - (1 - v_f) r
-    lambda       lambda_f r, so it grows as v falls; lambda_f is 1000 (set in MINI; no flag)
+    lambda       lambda_f r, so it grows as v falls; lambda_f is 1000 (in both presets; no flag)
 
-Here you choose the fraction kept; this variant is ours. The official code instead keeps every
-weight whose sigmoid(S) is above a threshold tau, however many these are (so its mask is "soft"),
-but never less than 0.5 % of each matrix. `--penalty LAMBDA` runs that version: tau = 0.1 r,
-lambda = LAMBDA r, and neither --sparsity nor --scope decides what is kept. (In the paper's runs on
-SQuAD, without a teacher, a LAMBDA of 500 kept 13.9 %, and 1400 kept 2.6 %.) Our version fixes the
-count, and the threshold follows; theirs fixes the threshold, and the count follows. From the same
-scores, for each v of ours (--scope global) there is a tau at which theirs keeps the same weights
-(unless scores are equal, or v is below about 0.5 %).
+By default you choose the fraction kept; this variant is ours. The official code instead keeps every
+weight whose sigmoid(S) is above a threshold tau, however many these are (hence "soft": the count is
+not fixed), but never less than 0.5 % of each matrix. `--penalty LAMBDA` runs that version, with
+tau = 0.1 r and lambda = LAMBDA r. Then neither --sparsity nor --scope decides what is kept. (In the
+paper's runs on SQuAD, without a teacher, a LAMBDA of 500 kept 13.9 %, and 1400 kept 2.6 %.) Our
+version fixes the count, and the threshold follows; theirs fixes the threshold, and the count
+follows. From the same scores, for each v of ours (--scope global) there is a tau at which theirs
+keeps the same weights (unless scores are equal, or v is below about 0.5 %).
 
 The paper's text differs from its code: in the text M = (S > tau), tau and lambda are constant, and
 R is a sum.
@@ -165,8 +166,8 @@ TAU_F = 0.1                                             # tau in the end, as in 
 
 
 # Official: binarizer.py, lines 24-66. Outside the best 0.5 % of its matrix, a weight is masked if
-# its score is at most logit(tau), which rises to -2.2 (tau = 0.1). Unlike in update_masks, a small
-# v does not lower the least share: it is always int(0.005 n) + 1.
+# its score is at most logit(tau), which rises to -2.2 (tau = 0.1). Unlike in update_masks, no
+# v can lower the least share: it is always int(0.005 n) + 1.
 @torch.no_grad()
 def update_masks_open(masked, scores, tau):
     """Write the masks of --penalty: M = (sigmoid(S) > tau), plus the best 0.5 % of each matrix.
@@ -186,7 +187,7 @@ class StraightThrough(torch.autograd.Function):
     """W' = W * M, with a backward pass that takes 1 for the slope of M in S."""
 
     @staticmethod
-    def forward(ctx, weight, scores, mask):             # scores: here for dL/dS
+    def forward(ctx, weight, scores, mask):             # scores: gets dL/dS
         ctx.save_for_backward(weight, mask)
         return weight * mask
 
@@ -221,29 +222,29 @@ class Masked(nn.Module):
 # learning rate times the mean of its whole gradient over that gradient's root mean square. Without
 # a penalty this quotient is m / g, and the scale cancels: if all loss gradients of a score were ten
 # times larger, it would move just as far. With the penalty it is about (m + p) / sqrt(g^2 + p^2),
-# and the scale counts, because p is the same for large and for small loss gradients. (Clipping
-# scales m, g and p alike.) What matters is how g compares with p:
+# and the scale counts, because p is the same for large and for small loss gradients. (In one step,
+# clipping scales all three alike.) What matters is how g compares with p:
 #     g far below p    the quotient is about 1: the score sinks at the full rate
 #     g far above p    it is about (m + p) / g, far below 1: the score moves slowly
-# For a given S, p grows with lambda. So at first only the scores with the smallest g sink fast,
-# later others too. A score that sinks far has a smaller and smaller p (see above), and slows down
-# when p is no longer far above its g.
+# For a given S, p grows with lambda, and so over the run. So at first only the scores with the
+# smallest g sink fast, later others too. A score that sinks far has a smaller and smaller p (see
+# above), and slows down when p is no longer far above its g.
 #
 # Why does a weight with a large g deserve to stay? Removing a kept W changes the loss of one batch
 # by about -dL/dW' * W. Over many batches these changes nearly cancel; near a minimum of the loss
-# their mean, m, is 0. What is left there is the second-order term, W^2 times the curvature of the
+# their mean, -m, is 0. What is left there is the second-order term, W^2 times the curvature of the
 # loss, over 2. A usual stand-in for the curvature is the mean squared gradient (the Fisher
 # information). Times W^2 this is g^2. So, up to a constant factor, g^2 estimates what removing W
 # costs. (Of a masked W, g says how strongly batches would react to switching it on.) The first
 # scores to sink are those of weights to which hardly any batch reacts. Direction still counts:
 # where |m| is larger than p, the sign of m decides, as in mvp.py.
 #
-# Measured on SST-2 (six layers, 1,200 steps, lr 3e-5): in a run of this file (--scope global)
-# that aims at 10 % kept, and that we stopped at 60 % kept, the rank correlation of S with g climbs
-# from 0.02 (97 % kept) to 0.85 (60 % kept). (g is taken over all steps so far; the correlation is
-# taken within each matrix, then averaged.) In the same run with lambda_f = 0 it stays at 0.02, and
-# at 60 % kept the training loss is at chance. We have not shown that the correlation is what saves
-# a run (results/why/README.md).
+# Measured on SST-2 (six layers, 1,200 steps, lr 3e-5): in a run of this file (--scope global) that
+# aims at 10 % kept, watched down to 60 %, the rank correlation of S with g climbs from 0.02 (97 %
+# kept) to 0.85 (60 % kept). (g is taken over all steps so far; the correlation is taken within each
+# matrix, then averaged.) In the same run with lambda_f = 0 it stays at 0.02, and at 60 % kept the
+# training loss is at chance. We have not shown that the correlation is what saves a run
+# (results/why/README.md).
 #
 # R takes the mean within each matrix first. A feed-forward matrix of BERT has four times as many
 # weights as an attention matrix, so its p is a quarter as large. Ranked together, the feed-forward
@@ -261,9 +262,9 @@ def sigmoid_penalty(scores):
 # </method>
 
 # <method: hyper-parameters>
-# Under paper, all values of squad, mnli and qqp, those taken over from MINI too, are the authors',
-# from their run sheet and scripts, unless a comment says that they are ours. Those of the other
-# tasks, and of mini, are ours. "*" holds for all tasks; a task's own values override it.
+# Under paper, the values of squad, mnli and qqp (also where inherited from MINI) are Sanh et al.'s,
+# from their run sheet and scripts, unless marked as ours. Those of the other tasks, and of mini,
+# are ours. "*" holds for all tasks; a task's own values override it.
 MINI = dict(
     model=str(common.MINI / "bert"),
     data=str(common.MINI),
@@ -274,7 +275,7 @@ MINI = dict(
     clip=1.0,                       # the norm to which all gradients together are clipped
     t_i=0.05, t_f=0.3,              # fractions of the steps: before v falls, and after its fall
     score_lr=1e-2,                  # peak learning rate of the scores
-    lambda_f=1000.0                 # ours, for every --sparsity (the paper's on SQuAD: 500, ..)
+    lambda_f=1000.0                 # ours, for every --sparsity (the paper's on SQuAD: 500 up)
 )
 PAPER = MINI | dict(
     model="bert-base-uncased",
@@ -292,7 +293,7 @@ HYPER = {
         "squad": dict(epochs=10, batch_size=16, length=384,
                       warmup=0.1, t_i=0.1, t_f=0.2),
         "mnli": dict(warmup=0.16, t_i=0.16, t_f=0.16),
-        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1, t_i=0.2, t_f=0.3)  # 3e-6: theirs
+        "qqp": dict(epochs=10, lr=3e-6, warmup=0.1, t_i=0.2, t_f=0.3)  # yes, 3e-6
     }
 }
 # </method>
@@ -509,7 +510,7 @@ def main(args):
             group["lr"] = group["initial_lr"] * factor
 
         # The slots set v, the fraction to keep now (logged as "goal"), and penalty, added to the
-        # loss; a slot outside the loop sets goal, the fraction to keep in the end. None: no goal.
+        # loss; outside the loop a slot sets goal, the fraction kept in the end. Both may be None.
         # <method: before forward>
         # Masks first, so that this step's loss and gradients are those of the pruned network.
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)

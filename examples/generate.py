@@ -82,8 +82,8 @@ def schedule(step, steps, v_f, t_i, t_f):
 def fraction_left(step, steps, v_f, t_i, t_f, v_i):
     """v, the fraction left by a zeroing after `step` steps: from v_i at t_i down to v_f.
 
-    If v_i is below v_f, each zeroing leaves v_f. Before t_i it returns 1; that happens only in a
-    run whose cubic part is shorter than a step.
+    If v_i is below v_f, each zeroing leaves v_f. 1 before t_i: a zeroing comes that early only if
+    the cubic part is shorter than a step.
     """
     if step < t_i * steps:
         return 1.0
@@ -192,7 +192,7 @@ class StraightThrough(torch.autograd.Function):
     """W' = W * M, with a backward pass that takes 1 for the slope of M in S."""
 
     @staticmethod
-    def forward(ctx, weight, scores, mask):             # scores: here for dL/dS
+    def forward(ctx, weight, scores, mask):             # scores: gets dL/dS
         ctx.save_for_backward(weight, mask)
         return weight * mask
 

@@ -126,7 +126,7 @@ class StraightThrough(torch.autograd.Function):
     """W' = W * M, with a backward pass that takes 1 for the slope of M in S."""
 
     @staticmethod
-    def forward(ctx, weight, scores, mask):             # scores: here for dL/dS
+    def forward(ctx, weight, scores, mask):             # scores: gets dL/dS
         ctx.save_for_backward(weight, mask)
         return weight * mask
 
