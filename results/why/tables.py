@@ -117,16 +117,15 @@ def front():
     columns += [("sst2", "0.1", lr) for lr in ("3e-5", "2e-4")]
     columns += [("mini", v, lr) for v in ("0.1", "0.03") for lr in ("5e-4", "2e-3")]
     names = {"squad": "SQuAD", "sst2": "SST-2", "mini": "mini"}
-    header = ["", *(f"{names[data]}, {100 * float(v):g} %" for data, v, _ in columns)]
-    lines = [["learning rate", *(lr for *_, lr in columns)]]
-    lines += [[f"`{method}.py`"] for method in grid.METHODS]
-    lines += [["dense: nothing pruned"], ["floor: understands nothing"]]
+    header = ["", *(f"{names[data]} {100 * float(v):g} %, {lr}" for data, v, lr in columns)]
+    lines = [[f"`{method}.py`"] for method in grid.METHODS]
+    lines += [["dense: nothing pruned"], ["floor: best guesser"]]
     for data, v, lr in columns:
         scores = [runs.get((data, v, lr, method)) for method in grid.METHODS]
         scores = [np.mean(score) if score else np.nan for score in scores]
         n = {"squad": 10_570, "sst2": 872, "mini": 600}[data]           # dev examples
         best = np.nanmax(scores)
-        for line, x in zip(lines[1:], scores):
+        for line, x in zip(lines, scores):
             error = sum(y * (100 - y) / n for y in (best, x)) ** 0.5
             level = best - x < 2 * error
             line.append("" if np.isnan(x) else f"**{x:.1f}**" if level else f"{x:.1f}")
