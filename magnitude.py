@@ -29,10 +29,11 @@ threshold on |W| rises, so few weights come back.
 
 The weakness: at a low learning rate fine-tuning hardly moves a weight, and what is large at the end
 was large after pre-training. So the task has little say in what is kept; mvp.py (movement pruning)
-gives it more. A higher --lr helps as well; it also trains the kept weights better. On the real
-SST-2 (a BERT of three layers, 10,000 steps, 10 % kept) the accuracy was 78.5 % at 3e-5 and 84.8 %
-at 2e-4, means of three seeds. (Nothing pruned: 86.7 % at 3e-5; 87.8 % at 2e-4, one seed.) Of the
-weights kept, 94.5 % at 3e-5 and 83.8 % at 2e-4 had been among the largest 10 % before fine-tuning
+gives it more. A higher --lr helps as well; it also trains the kept weights better. On SQuAD (a BERT
+of six layers, 2,800 steps, 10 % kept, one seed) F1 was 32.6 at 1e-4, 46.0 at 2e-4 and 56.1 at 4e-4.
+On SST-2 (three layers, 10,000 steps, 10 % kept) the accuracy was 78.5 % at 3e-5 and 84.8 % at 2e-4,
+means of three seeds. (Nothing pruned: 86.7 % at 3e-5; 87.8 % at 2e-4, one seed.) Of the weights
+kept there, 94.5 % at 3e-5 and 83.8 % at 2e-4 had been among the largest 10 % before fine-tuning
 (seed 0). On mini, the small made-up world in mini/, with 3 % kept F1 is about 26 at 5e-4, 79 at
 2e-3, and 22 at 4e-3, which is too much. (5e-4 is the preset's rate because it suits the model
 without pruning. To prune, give 2e-3.) The paper preset stays at the papers' low rates.
