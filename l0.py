@@ -7,7 +7,7 @@ huggingface/transformers-research-projects, movement-pruning, at fccd0cdab0.
 We would like to minimise the number of weights that are not 0, but a count has no gradient. So each
 weight is multiplied by a random gate z. A learned score S, the log alpha of Louizos et al., sets
 the probability that the gate is open (z > 0). This probability has a gradient, by which a penalty
-pushes all scores down (by default later also up, where too little is kept). Where dL/dW' * W is
+pushes all scores down (by default also up, once too little is kept in all). Where dL/dW' * W is
 negative, more of W would lower the loss, and the loss's gradient pushes S up. Weights stay where
 this push outweighs the penalty.
 
@@ -189,10 +189,10 @@ class Gated(nn.Module):
         self.register_buffer("noise", torch.zeros_like(weight), persistent=False)   # (out, in)
 
     def forward(self, weight):
-        # No noise under no_grad: in common.count_kept, and to save W * z. (Both come while the
-        # model is in train mode, so self.training could not tell.) (If you add gradient
-        # checkpointing, set use_reentrant=False. Otherwise its first pass runs without gradients,
-        # and so without noise.)
+        # No noise under no_grad: in common.count_kept, and to save W * z. Both come while the model
+        # is in train mode, so self.training could not tell. (If you add gradient checkpointing, set
+        # use_reentrant=False. Otherwise its first pass runs without gradients, and so without
+        # noise.)
         return weight * gate(self.scores, self.noise if torch.is_grad_enabled() else None)
 
 
@@ -480,8 +480,8 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        # The slots set v, the fraction to keep now (logged as "goal"), and penalty, added to the
-        # loss; outside the loop a slot sets goal, the fraction kept in the end. Both may be None.
+        # The slots set penalty, which is added to the loss, and v, the fraction to keep now (logged
+        # as "goal"); outside the loop one sets goal, the final fraction. v and goal may be None.
         # <method: before forward>
         # Noise before the forward pass: this step's loss is that of one draw of gates. The draw
         # depends on (seed, step) alone, so it is the same in all processes and in a resumed run. On

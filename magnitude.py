@@ -22,10 +22,10 @@ small weight adds little to a layer's output, so little is lost without it.
                  t_f are fractions of the run, 0.05 and 0.3 in the mini preset
     dL/dW'       gradient of the loss L with respect to W'
 
-Can a masked weight come back? Within a step M is a constant, so by the chain rule dL/dW = dL/dW' *
-M: a masked weight gets no gradient, and stands still once Adam's momentum has faded (weight decay
-is off). From then on it comes back only if kept weights shrink below it. But while v falls, the
-threshold on |W| rises, so few weights come back.
+Can a masked weight come back? Within a step M is a constant, so by the chain rule
+dL/dW = dL/dW' * M: a masked weight gets no gradient, and stands still once Adam's momentum has
+faded (weight decay is off). From then on it comes back only if kept weights shrink below it. But
+while v falls, the threshold on |W| rises, so few weights come back.
 
 The weakness: at a low learning rate fine-tuning hardly moves a weight, and what is large at the end
 was large after pre-training. So the task has little say in what is kept; mvp.py (movement pruning)
@@ -422,8 +422,8 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        # The slots set v, the fraction to keep now (logged as "goal"), and penalty, added to the
-        # loss; outside the loop a slot sets goal, the fraction kept in the end. Both may be None.
+        # The slots set penalty, which is added to the loss, and v, the fraction to keep now (logged
+        # as "goal"); outside the loop one sets goal, the final fraction. v and goal may be None.
         # <method: before forward>
         # Masks first, so that this step's loss and gradients are those of the pruned network.
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)

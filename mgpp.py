@@ -468,8 +468,8 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        # The slots set v, the fraction to keep now (logged as "goal"), and penalty, added to the
-        # loss; outside the loop a slot sets goal, the fraction kept in the end. Both may be None.
+        # The slots set penalty, which is added to the loss, and v, the fraction to keep now (logged
+        # as "goal"); outside the loop one sets goal, the final fraction. v and goal may be None.
         # <method: before forward>
         # Only decided here, for the slots below; the zeroing comes after the optimizer's step.
         t = step + 1                                        # steps done by then

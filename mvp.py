@@ -427,8 +427,8 @@ def main(args):
     # are proportional to the rate. So twice the rate gives twice the scores, in the same order, and
     # masks and gradients depend on the order alone. It is a flag because the paper has it, and
     # soft_mvp.py and l0.py, where it matters, need it.
-    # Weight decay would make the scores
-    # forget the early steps: keep it at 0 where you copy this slot.
+    # Weight decay would make the scores forget the early steps: keep it at 0 where you copy this
+    # slot.
     groups.append({"params": scores,
                    "lr": args.score_lr, "initial_lr": args.score_lr, "weight_decay": 0.0})
     # </method>
@@ -470,8 +470,8 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        # The slots set v, the fraction to keep now (logged as "goal"), and penalty, added to the
-        # loss; outside the loop a slot sets goal, the fraction kept in the end. Both may be None.
+        # The slots set penalty, which is added to the loss, and v, the fraction to keep now (logged
+        # as "goal"); outside the loop one sets goal, the final fraction. v and goal may be None.
         # <method: before forward>
         # Masks first, so that this step's loss and gradients are those of the pruned network.
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)

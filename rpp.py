@@ -132,9 +132,9 @@ def largest_to_go(x, v):
 #     w = argmin_x (x - a)^2 / 2 + threshold |x|,  threshold = lr gamma alpha
 # (lr is there because it is the length of the first half's step. Under Adam that differs from
 # weight to weight; we take lr for all.) The small problem has an exact solution. For x > 0 the
-# slope, x - a + threshold, is 0 at x = a - threshold, if that is above 0. For x < 0 the slope, x -
-# a - threshold, is 0 at a + threshold, if that is below 0. Where |a| <= threshold there is neither:
-# the minimum is the kink at 0.
+# slope, x - a + threshold, is 0 at x = a - threshold, if that is above 0. For x < 0 the slope,
+# x - a - threshold, is 0 at a + threshold, if that is below 0. Where |a| <= threshold there is
+# neither: the minimum is the kink at 0.
 def prox(a, threshold):
     """sign(a) max(|a| - threshold, 0): each element moves towards 0 and stops there. Same shape."""
     return a - a.clamp(-threshold, threshold)
@@ -705,8 +705,8 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        # The slots set v, the fraction to keep now (logged as "goal"), and penalty, added to the
-        # loss; outside the loop a slot sets goal, the fraction kept in the end. Both may be None.
+        # The slots set penalty, which is added to the loss, and v, the fraction to keep now (logged
+        # as "goal"); outside the loop one sets goal, the final fraction. v and goal may be None.
         # <method: before forward>
         v = goal                                        # nothing more is pruned
         # </method>

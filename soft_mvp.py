@@ -275,7 +275,7 @@ MINI = dict(
     clip=1.0,                       # the norm to which all gradients together are clipped
     t_i=0.05, t_f=0.3,              # fractions of the steps: before v falls, and after its fall
     score_lr=1e-2,                  # peak learning rate of the scores
-    lambda_f=1000.0                 # ours, for every --sparsity (the paper's on SQuAD: 500 up)
+    lambda_f=1000.0                 # ours, for every --sparsity (the paper's on SQuAD: 1 to 2300)
 )
 PAPER = MINI | dict(
     model="bert-base-uncased",
@@ -509,8 +509,8 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        # The slots set v, the fraction to keep now (logged as "goal"), and penalty, added to the
-        # loss; outside the loop a slot sets goal, the fraction kept in the end. Both may be None.
+        # The slots set penalty, which is added to the loss, and v, the fraction to keep now (logged
+        # as "goal"); outside the loop one sets goal, the final fraction. v and goal may be None.
         # <method: before forward>
         # Masks first, so that this step's loss and gradients are those of the pruned network.
         v = schedule(step, args.steps, args.sparsity, args.t_i, args.t_f)

@@ -331,7 +331,6 @@ from torch import nn
 def train(model, layers, data, args):
     device = torch.device("cpu")
     groups = [{{"params": list(model.parameters()), "lr": args.lr}}]
-    state = {{}}
 {setup}
     optimizer = torch.optim.AdamW(groups)
     for step in range(args.steps):

@@ -95,7 +95,8 @@ def test_loop_runs_as_printed(tmp_path, monkeypatch, method, own):
     exec(pasted.replace("steps=1000", "steps=20"), given)
     saved = AutoModelForSequenceClassification.from_pretrained("pruned")
     assert common.count_kept(saved)[1] == pytest.approx(0.1, abs=1e-5)
-    assert list(saved.state_dict()) == names            # plain layers again
+    assert sorted(given["model"].state_dict()) == sorted(names)      # plain layers, nothing added
+    assert list(saved.state_dict()) == names
     assert any((a != b).any() for a, b in zip(before, saved.state_dict().values()))
 
 
@@ -256,6 +257,8 @@ def test_seeds_of_movement():
 
 def test_the_papers_scores():
     """README's F1, from the table of EM / F1 on the page of results."""
+    assert "| task, kept | magnitude | L0 | movement | soft movement |" in RESULTS
+    assert "| kept | magnitude | movement | soft movement | L0 |" in README
     for v in ("10", "3"):
         cells = re.search(rf"(?m)^\| SQuAD, {v} % \| (.*) \|$", RESULTS)[1].split(" | ")
         magnitude, l0, movement, soft = (cell.split(" / ")[1] for cell in cells)
@@ -263,6 +266,7 @@ def test_the_papers_scores():
 
 
 def test_rpp_had_ten_times_its_default_pretraining():
+    assert "It had ten times its default pre-training here." in README
     default = importlib.import_module("rpp").MINI["pretrain"]["steps"]
     rows = (ROOT / "results" / "mini.tsv").read_text().splitlines()
     for v in ("0.1", "0.03"):

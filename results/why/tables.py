@@ -99,8 +99,6 @@ def by_rate():
     for name in ("mini_lr", "squad_gpu", "squad_2800", "sst2_10000"):
         for row in read(f"{name}.tsv"):
             task = row["task"]
-            if name == "mini_lr" and task != "squad":
-                continue
             lr = re.findall(r"--lr (\S+)", row["command"])[-1]         # the last one counts
             add("mini" if name == "mini_lr" else task, row["sparsity"], lr,
                 row["method"].removesuffix(f"_{lr}"), grid.score(task, row["scores"]))
