@@ -15,7 +15,7 @@
     python results/grid.py sst2_gpu --model DIR --data DIR --jobs 12       SST-2, on a GPU
     python results/grid.py cola_gpu --model DIR --data DIR --jobs 12       CoLA, on a GPU
     python results/grid.py mini_gpu --jobs 2                   README's command, on a GPU
-    python results/grid.py squad_2800 --model DIR --data DIR   squad_gpu at a higher rate, on a CPU
+    python results/grid.py squad_2800 --model DIR --data DIR   squad_gpu at higher rates, on a CPU
     python results/grid.py paper --corpus FILE                 BERT-base on a GPU; never run
 
 A run that has ended (result.json in its folder under --runs) is not made again. A killed one is

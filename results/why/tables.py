@@ -111,7 +111,7 @@ def by_rate():
 def front():
     """The table of the front page; bold: the best pruned one and those level with it."""
     runs = by_rate()
-    columns = [("squad", "0.1", lr) for lr in ("1e-4", "2e-4")]
+    columns = [("squad", "0.1", lr) for lr in ("1e-4", "2e-4", "4e-4")]
     columns += [("sst2", "0.1", lr) for lr in ("3e-5", "2e-4")]
     columns += [("mini", v, lr) for v in ("0.1", "0.03") for lr in ("5e-4", "2e-3")]
     names = {"squad": "SQuAD", "sst2": "SST-2", "mini": "mini"}
@@ -153,7 +153,7 @@ def mini_rates():
 
 def squad_rates():
     """SQuAD, six layers, 2,800 steps: F1."""
-    return rates("squad", [("0.1", lr) for lr in ("1e-4", "2e-4")], grid.FINE_TUNED)
+    return rates("squad", [("0.1", lr) for lr in ("1e-4", "2e-4", "4e-4")], grid.FINE_TUNED)
 
 
 def order():
