@@ -58,9 +58,9 @@ What does help is the slab, weak as its pull is. On mini with 3 % kept and --lr 
 93.1 with spike and slab, 92.5 with the slab alone (--mix 1), and 78.6 without a prior (--mix 1
 --slab 1e9). At 5e-4, mini's own rate, all three are lower; the last falls furthest by far. Our
 reading: AdamW divides each step by the recent size of the gradients, so the pull shrinks, and
-zeroing then removes, those weights most that the loss hardly feels. What helps more is a high --lr:
-on SQuAD (a BERT of six layers, 2,800 steps, 10 % kept, one seed) F1 was 38.6 at 1e-4, 55.4 at 2e-4
-and 67.0 at 4e-4. (results/README.md, results/why/README.md)
+zeroing then removes, those weights most that the loss hardly feels. A high --lr helps, too: on
+SQuAD (a BERT of six layers, 2,800 steps, 10 % kept, one seed) F1 was 38.6 at 1e-4, 55.4 at 2e-4 and
+67.0 at 4e-4. (results/README.md, results/why/README.md)
 
 Unlike magnitude.py: zeros are written into the weights, which go on learning; all matrices are
 always ranked together, a matrix may lose all its weights, and no gradient is clipped. Unlike the
