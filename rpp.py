@@ -573,7 +573,7 @@ def main(args):
             stairs = max(1, round((1 - args.sparsity) / 0.1))
         length = min(phase["length"], tokenizer.model_max_length)
         words = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
-        n_held = min(512, len(held_out))                    # pairs: one a document, about
+        n_held = min(512, len(held_out))                    # pairs: about one a document
         held_batches = []
         for i in range(0, n_held, 32):
             rng = np.random.default_rng([i])                # the same pairs whatever the seed
@@ -629,8 +629,8 @@ def main(args):
                 else:                                       # after that, or with --nip: zeros stay
                     for w, zero in zip(weights, zeros):
                         w.masked_fill_(zero, 0.0)
-                v_before = fraction_kept(step, rounds_end, args.sparsity, stairs)
-                if args.nip and v < v_before:               # a cut is due
+                # --nip cuts where v is lower than before this step
+                if args.nip and v < fraction_kept(step, rounds_end, args.sparsity, stairs):
                     limit = largest_to_go(torch.cat([w.abs().flatten() for w in weights]), v)
                     for w in weights:
                         w.masked_fill_(w.abs() <= limit, 0.0)

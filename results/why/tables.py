@@ -41,7 +41,12 @@ def values(scores):
     return [float(x) for x in scores.split()[1::2]]
 
 
-# ---- results/README.md
+def error(a, b, n):
+    """The standard error of the difference of two percentages, each of n dev examples."""
+    return sum(x * (100 - x) / n for x in (a, b)) ** 0.5
+
+
+# ---- README.md and results/README.md
 
 def floors():
     """Each metric's best guesser: on mini, then on real data."""
@@ -124,8 +129,7 @@ def front():
         n = {"squad": 10_570, "sst2": 872, "mini": 600}[data]           # dev examples
         best = np.nanmax(scores)
         for line, x in zip(lines, scores):
-            error = sum(y * (100 - y) / n for y in (best, x)) ** 0.5
-            level = best - x < 2 * error
+            level = best - x < 2 * error(best, x, n)
             line.append("" if np.isnan(x) else f"**{x:.1f}**" if level else f"{x:.1f}")
         dense = runs.get((data, "1", lr, "dense"))
         lines[-2].append(f"{np.mean(dense):.1f}" if dense else "")
@@ -162,8 +166,7 @@ def order():
     floor = grid.floor("real", "sst2")
 
     def difference(a, b):
-        error = sum(x * (100 - x) / 872 for x in (a, b)) ** 0.5
-        return f"{a - b:+.1f} ± {error:.1f}"
+        return f"{a - b:+.1f} ± {error(a, b, 872):.1f}"
 
     dense = grid.mean(runs["sst2", "1", "3e-5", "dense"])
     lines = [["floor", *[f"{floor:.1f}", "", ""] * 2], ["dense", *[dense, "", ""] * 2]]
